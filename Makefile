@@ -1,0 +1,64 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+TRANSFORMERS ?= 5.23.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+
+.PHONY: demo test test-slow lint types bench bench-quick train clean
+
+# The demo continues a long text through a cache that holds a quarter of it on the device.
+# MODEL=org/name or a folder, PROMPT=file, TOKENS=64, CHUNK=1024 change what it runs.
+demo: $(BUILT)
+	$(BIN)/python examples/long_document.py $(if $(MODEL),--model $(MODEL)) \
+		$(if $(PROMPT),--prompt $(PROMPT)) $(if $(TOKENS),--new-tokens $(TOKENS)) \
+		$(if $(CHUNK),--chunk $(CHUNK))
+
+test: $(BUILT) lint types
+	$(BIN)/python -m pytest
+
+test-slow: $(BUILT)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(BUILT)
+	$(BIN)/python eval/bench_kernels.py
+	$(BIN)/python eval/bench_tiers.py
+	$(BIN)/python eval/bench_generate.py
+	$(BIN)/python eval/bench_offload.py
+
+bench-quick: $(BUILT)
+	$(BIN)/python eval/bench_kernels.py --quick
+	$(BIN)/python eval/bench_generate.py --quick
+	$(BIN)/python eval/bench_offload.py --quick
+
+# Trains the byte-level model in eval/tiny_lm again; about an hour on two cores.
+train: $(BUILT)
+	$(BIN)/python eval/train_tiny_lm.py
+
+# torch and transformers first and pinned: asked for in one go with the rest, the index may
+# resolve torch to another build.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet transformers==$(TRANSFORMERS)
+	$(BIN)/python -m pip install --quiet --editable ".[eval,test,dev]"
+	touch $@
+
+$(BUILT): $(READY) setup.py $(shell find csrc -type f 2>/dev/null)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hf_tiered_cache/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,217 @@
+// The door to Python: integers to pointers, tuples to structs. Knows no torch. Arguments were
+// checked by hf_tiered_cache/kernels/ops.py; here only what Python cannot see cheaply.
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "paged_attention.h"
+
+namespace py = pybind11;
+using hf_tiered_cache::AppendParams;
+using hf_tiered_cache::AttentionParams;
+using hf_tiered_cache::DType;
+using hf_tiered_cache::FinishParams;
+using hf_tiered_cache::KernelChoice;
+using hf_tiered_cache::Kernels;
+using hf_tiered_cache::OutputRows;
+using hf_tiered_cache::RunningStateRows;
+
+namespace {
+
+template <size_t kCount>
+std::array<int64_t, kCount> integers(const py::tuple& tuple) {
+  if (tuple.size() != kCount) throw py::index_error("a tuple has the wrong length");
+  std::array<int64_t, kCount> values;
+  for (size_t i = 0; i < kCount; ++i) values[i] = PyLong_AsLongLong(tuple[i].ptr());
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return values;
+}
+
+template <class Pointer>
+Pointer* pointer(int64_t address) {
+  return reinterpret_cast<Pointer*>(static_cast<intptr_t>(address));
+}
+
+const Kernels& kernels_numbered(int number) {
+  const KernelChoice choice = hf_tiered_cache::kernel_choice(number);
+  if (choice.reason != nullptr) throw std::invalid_argument(choice.reason);
+  return *choice.kernels;
+}
+
+RunningStateRows state_rows(const py::object& state) {
+  if (state.is_none()) return {nullptr, nullptr, nullptr};
+  const auto addresses = integers<3>(py::reinterpret_borrow<py::tuple>(state));
+  return {pointer<float>(addresses[0]), pointer<float>(addresses[1]),
+          pointer<float>(addresses[2])};
+}
+
+OutputRows output_rows(const py::object& out) {
+  OutputRows rows = {};
+  if (out.is_none()) return rows;
+  const auto numbers = integers<7>(py::reinterpret_borrow<py::tuple>(out));
+  rows.out = pointer<void>(numbers[0]);
+  for (int i = 0; i < 4; ++i) rows.stride[i] = numbers[1 + i];
+  rows.lse = pointer<float>(numbers[5]);
+  rows.sinks = pointer<const float>(numbers[6]);
+  return rows;
+}
+
+AttentionParams attention_params(int dtype, int64_t query, const py::tuple& query_shape,
+                                 const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes,
+                                 int64_t num_slots, const py::tuple& layout, int64_t table,
+                                 int64_t table_stride, int64_t num_columns, int64_t kv_tokens,
+                                 int64_t first_token, int64_t query_start, bool causal,
+                                 float scale, int64_t starts, const py::object& mask,
+                                 const py::object& state, const py::object& out, int num_threads) {
+  AttentionParams p = {};
+  p.dtype = static_cast<DType>(dtype);
+  p.num_threads = num_threads;
+  const auto shape = integers<4>(query_shape);
+  const auto stride = integers<4>(query_stride);
+  p.batch = shape[0];
+  p.heads = shape[1];
+  p.queries = shape[2];
+  p.query = pointer<const void>(query);
+  for (int i = 0; i < 3; ++i) p.query_stride[i] = stride[i];
+  const auto sizes = integers<4>(layout);
+  p.view = {pointer<const uint8_t>(blocks),
+            slot_bytes,
+            num_slots,
+            sizes[0],
+            sizes[1],
+            sizes[2],
+            sizes[3],
+            pointer<const int32_t>(table),
+            table_stride,
+            num_columns};
+  p.kv_tokens = kv_tokens;
+  p.first_token = first_token;
+  p.query_start = query_start;
+  p.causal = causal;
+  p.scale = scale;
+  p.starts = pointer<const int32_t>(starts);
+  if (!mask.is_none()) {
+    const auto numbers = integers<5>(py::reinterpret_borrow<py::tuple>(mask));
+    p.mask = pointer<const uint8_t>(numbers[0]);
+    for (int i = 0; i < 4; ++i) p.mask_stride[i] = numbers[1 + i];
+  }
+  p.state = state_rows(state);
+  p.output = output_rows(out);
+  return p;
+}
+
+py::list kernels() {
+  py::list names;
+  for (int i = 0; i < hf_tiered_cache::num_kernels(); ++i) {
+    const KernelChoice choice = hf_tiered_cache::kernel_choice(i);
+    names.append(py::make_tuple(choice.name, choice.reason == nullptr ? "" : choice.reason));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled core of hf_tiered_cache; call it through hf_tiered_cache.kernels.ops.";
+
+  m.def("kernels", &kernels,
+        "[(name, reason)] of every known kernel, the preferred first; reason '' if it runs here.");
+
+  m.def(
+      "attend",
+      [](int kernel, int dtype, int64_t query, const py::tuple& query_shape,
+         const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes, int64_t num_slots,
+         const py::tuple& layout, int64_t table, int64_t table_stride, int64_t num_columns,
+         int64_t kv_tokens, int64_t first_token, int64_t query_start, bool causal, float scale,
+         int64_t starts, const py::object& mask, const py::object& state, const py::object& out,
+         int num_threads) {
+        const AttentionParams p =
+            attention_params(dtype, query, query_shape, query_stride, blocks, slot_bytes,
+                             num_slots, layout, table, table_stride, num_columns, kv_tokens,
+                             first_token, query_start, causal, scale, starts, mask, state, out,
+                             num_threads);
+        const Kernels& chosen = kernels_numbered(kernel);
+        py::gil_scoped_release unlocked;
+        hf_tiered_cache::check_slots(p);
+        chosen.attend(p);
+      },
+      "Attend the blocks of a table into `state` (acc, max, sum) or into `out` (address, 4 strides, "
+      "lse, sinks). Raises ValueError for a slot outside the slab, before anything is written.");
+
+  m.def(
+      "read_probe",
+      [](int kernel, int dtype, int64_t query, const py::tuple& query_shape,
+         const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes, int64_t num_slots,
+         const py::tuple& layout, int64_t table, int64_t table_stride, int64_t num_columns,
+         int64_t kv_tokens, int64_t first_token, int64_t query_start, bool causal, float scale,
+         int64_t starts, const py::object& mask, const py::object& state, const py::object& out,
+         int num_threads) {
+        const AttentionParams p =
+            attention_params(dtype, query, query_shape, query_stride, blocks, slot_bytes,
+                             num_slots, layout, table, table_stride, num_columns, kv_tokens,
+                             first_token, query_start, causal, scale, starts, mask, state, out,
+                             num_threads);
+        const Kernels& chosen = kernels_numbered(kernel);
+        py::gil_scoped_release unlocked;
+        hf_tiered_cache::check_slots(p);
+        return chosen.read_probe(p);
+      },
+      "Read the same planes as `attend` and do nothing with them (for benchmarks).");
+
+  m.def(
+      "finish",
+      [](int kernel, int dtype, const py::tuple& shape, const py::object& state,
+         const py::object& out, int num_threads) {
+        FinishParams p = {};
+        const auto sizes = integers<4>(shape);
+        p.dtype = static_cast<DType>(dtype);
+        p.num_threads = num_threads;
+        p.batch = sizes[0];
+        p.heads = sizes[1];
+        p.queries = sizes[2];
+        p.value_dim = sizes[3];
+        p.state = state_rows(state);
+        p.output = output_rows(out);
+        const Kernels& chosen = kernels_numbered(kernel);
+        py::gil_scoped_release unlocked;
+        chosen.finish(p);
+      },
+      "Normalise a running state into `out` (address, 4 strides, lse, sinks).");
+
+  m.def(
+      "append",
+      [](int64_t keys, const py::tuple& key_stride, int64_t values, const py::tuple& value_stride,
+         int64_t blocks, int64_t slot_bytes, int64_t num_slots, int64_t table,
+         int64_t table_stride, const py::tuple& sizes, int64_t block_tokens,
+         int64_t element_bytes, int64_t start_token, int num_threads) {
+        AppendParams p = {};
+        const auto key_strides = integers<4>(key_stride);
+        const auto value_strides = integers<4>(value_stride);
+        const auto size = integers<5>(sizes);
+        p.keys = pointer<const uint8_t>(keys);
+        p.values = pointer<const uint8_t>(values);
+        for (int i = 0; i < 4; ++i) {
+          p.key_stride[i] = key_strides[i];
+          p.value_stride[i] = value_strides[i];
+        }
+        p.blocks = pointer<uint8_t>(blocks);
+        p.view.slot_bytes = slot_bytes;
+        p.view.num_slots = num_slots;
+        p.view.kv_heads = size[1];
+        p.view.block_tokens = block_tokens;
+        p.view.key_dim = size[3];
+        p.view.value_dim = size[4];
+        p.view.table = pointer<const int32_t>(table);
+        p.view.table_stride = table_stride;
+        p.batch = size[0];
+        p.tokens = size[2];
+        p.element_bytes = element_bytes;
+        p.start_token = start_token;
+        p.num_threads = num_threads;
+        py::gil_scoped_release unlocked;
+        hf_tiered_cache::append_tokens(p);
+      },
+      "Write new tokens into their blocks. Raises ValueError for a slot outside the slab, before "
+      "anything is written.");
+}

@@ -1,0 +1,527 @@
+// Attention of few rows (query heads of a group x queries): bound by reading the blocks once.
+//
+// Phase 1, parallel over (sequence, block, kv_head): one float32 partial (acc, max, sum) per block
+// and row, from nothing but that block. Phase 2, parallel over rows: partials are folded into the
+// running state in block order. So neither threads nor the splitting of the table over calls can
+// change a bit. Included once per instruction set, see vector.h.
+#pragma once
+
+#include "../online_softmax.h"
+#include "geometry.h"
+
+namespace hf_tiered_cache {
+namespace HTC_ISA {
+namespace {
+
+// Rows up to which this kernel is used: above, the prefill kernel is faster (bench_kernels.py).
+constexpr int64_t kDecodeMaxRows = 16;
+// Partials waiting to be folded, per call: more blocks than fit are done in several rounds.
+constexpr int64_t kPartialBytes = 8 << 20;
+// Bytes of keys and values that make an item worth claiming.
+constexpr int64_t kItemBytes = 64 << 10;
+// Tokens whose values stay in the L1 cache while every row passes over them.
+constexpr int64_t kValueTile = 32;
+constexpr int64_t kKeyTile = 64;
+
+// ---- scores of one block ------------------------------------------------------------------------
+
+// Words of a query row per chunk of kChunk elements: raw bfloat16 pairs, or widened floats.
+template <DType kType>
+constexpr int kQueryWords = kUsesDot<kType> ? kLanes : kChunk;
+
+template <DType kType>
+HTC_INLINE VecF DotChunk(VecF acc, const VecPair& key, const float* query) {
+  acc += key.first * Load<VecF>(query);
+  acc += key.second * Load<VecF>(query + kLanes);
+  return acc;
+}
+
+// scores[row][t] = query[row] . keys[t] for kRows rows. Key rows are read one whole row after the
+// other (memory sees one ascending stream); the sums of several tokens share one reduction.
+template <DType kType, int kRows>
+void ScoreTokens(const Element<kType>* keys, int64_t key_dim, int64_t tokens, const float* query,
+                 int64_t query_stride, float* scores, int64_t score_stride) {
+  constexpr int kTokens = kRows * 8 <= kLanes   ? kLanes / kRows >= 16 ? 16 : 8
+                          : kRows * 4 <= kLanes ? 4
+                          : kRows * 2 <= kLanes ? 2
+                                                : 1;
+  const int64_t full = key_dim / kChunk;
+  const int tail = static_cast<int>(key_dim % kChunk);
+  for (int64_t t = 0; t < tokens; t += kTokens) {
+    VecF sums[kLanes] = {};
+    HTC_UNROLL for (int i = 0; i < kTokens; ++i) {
+      const Element<kType>* key = keys + Min(t + i, tokens - 1) * key_dim;
+      VecF acc[kRows] = {};
+      for (int64_t c = 0; c < full; ++c) {
+        if constexpr (kUsesDot<kType>) {
+          const VecU words = Load<VecU>(key + c * kChunk);
+          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+            acc[r] = DotPairs(acc[r], words,
+                              Load<VecU>(query + r * query_stride + c * kQueryWords<kType>));
+          }
+        } else {
+          const VecPair chunk = LoadChunk<kType>(key + c * kChunk);
+          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+            acc[r] = DotChunk<kType>(acc[r], chunk,
+                                     query + r * query_stride + c * kQueryWords<kType>);
+          }
+        }
+      }
+      if (tail != 0) {
+        if constexpr (kUsesDot<kType>) {
+          const VecU words = LoadWordsTail(key + full * kChunk, tail);
+          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+            acc[r] = DotPairs(acc[r], words,
+                              Load<VecU>(query + r * query_stride + full * kQueryWords<kType>));
+          }
+        } else {
+          const VecPair chunk = LoadChunkTail<kType>(key + full * kChunk, tail);
+          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+            acc[r] = DotChunk<kType>(acc[r], chunk,
+                                     query + r * query_stride + full * kQueryWords<kType>);
+          }
+        }
+      }
+      HTC_UNROLL for (int r = 0; r < kRows; ++r) sums[r * kTokens + i] = acc[r];
+    }
+    float folded[kLanes];
+    Store(folded, SumEach(sums));
+    HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+      __builtin_memcpy(scores + r * score_stride + t, folded + r * kTokens, kTokens * 4);
+    }
+  }
+}
+
+constexpr int kMaxScoreRows = kLanes < 8 ? kLanes : 8;
+
+template <DType kType>
+void ScoreRows(int64_t rows, const Element<kType>* keys, int64_t key_dim, int64_t tokens,
+               const float* query, int64_t query_stride, float* scores, int64_t score_stride) {
+#define HTC_CASE(n)                                                                          \
+  case n:                                                                                    \
+    if constexpr (n <= kMaxScoreRows) {                                                      \
+      return ScoreTokens<kType, n>(keys, key_dim, tokens, query, query_stride, scores,       \
+                                   score_stride);                                            \
+    }                                                                                        \
+    break;
+  switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
+                      HTC_CASE(7) HTC_CASE(8) }
+#undef HTC_CASE
+}
+
+// ---- softmax of one block -----------------------------------------------------------------------
+
+struct RowSums {
+  float max;
+  float sum;
+};
+
+// Turn `count` scores of one row into exp(score * scale - max), 0 where not attended; `end` is the
+// row's causal end. With bfloat16 pairs the weights are rounded, written as 16-bit words over the
+// scores, and summed as rounded, so that numerator and denominator use the same weights.
+template <DType kType>
+HTC_INLINE RowSums SoftmaxRow(float* scores, int64_t count, int64_t end, float scale,
+                              const uint8_t* mask, int64_t mask_stride) {
+  // pass 1: scale, mask, maximum
+  VecF most = Broadcast(kMinusInfinity);
+  const VecI lanes = LaneNumbers();
+  for (int64_t t = 0; t < count; t += kLanes) {
+    VecF score = Load<VecF>(scores + t) * scale;
+    if (t + kLanes > end) {
+      score = lanes < static_cast<int32_t>(end - t) ? score : Broadcast(kMinusInfinity);
+    }
+    if (mask != nullptr) {
+      const VecI attended = MaskLanes(mask + t * mask_stride, mask_stride, count - t);
+      score = attended ? score : Broadcast(kMinusInfinity);
+    }
+    Store(scores + t, score);
+    most = Max(most, score);
+  }
+  const float max = MaxLanes(most);
+  // pass 2: weights and their sum
+  const float base = max == kMinusInfinity ? 0.0f : max;
+  VecF sum = {};
+  auto* words = reinterpret_cast<uint16_t*>(scores);
+  for (int64_t t = 0; t < count; t += kLanes) {
+    const VecF weight = Exp(Load<VecF>(scores + t) - base);
+    if constexpr (kUsesDot<kType>) {
+      const VecU rounded = RoundToBFloat16(weight);
+      sum += (VecF)rounded;
+      const VecU low = rounded >> 16;
+      Store(words + t, __builtin_convertvector(low, HalfVecU));
+    } else {
+      sum += weight;
+      Store(scores + t, weight);
+    }
+  }
+  return {max, SumLanes(sum)};
+}
+
+// ---- weighted values of one block ---------------------------------------------------------------
+
+// acc[row] += sum over tokens of weights[row][t] * values[t], for kRows rows and kChunks chunks of
+// every value row; acc in the order of LoadChunk. Tokens that no row attends (unused) are skipped.
+template <DType kType, int kRows, int kChunks, bool kHasTail>
+void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, int tail,
+               const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
+               int64_t acc_stride) {
+  VecF sum[kRows][kChunks][2];
+  HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+    HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
+      sum[r][c][0] = Load<VecF>(acc + r * acc_stride + c * kChunk);
+      sum[r][c][1] = Load<VecF>(acc + r * acc_stride + c * kChunk + kLanes);
+    }
+  }
+  if constexpr (kUsesDot<kType>) {
+    const auto* words = reinterpret_cast<const uint16_t*>(weights);
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const bool has_first = used == nullptr || used[t] != 0;
+      const bool has_second = t + 1 < tokens && (used == nullptr || used[t + 1] != 0);
+      const Element<kType>* first = values + t * value_dim;
+      const Element<kType>* second = first + value_dim;
+      HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
+        VecU a = {}, b = {};
+        if (kHasTail && c == kChunks - 1) {
+          if (has_first) a = LoadWordsTail(first + c * kChunk, tail);
+          if (has_second) b = LoadWordsTail(second + c * kChunk, tail);
+        } else {
+          if (has_first) a = Load<VecU>(first + c * kChunk);
+          if (has_second) b = Load<VecU>(second + c * kChunk);
+        }
+        const VecU even = (a & 0xffffu) | (b << 16);
+        const VecU odd = (a >> 16) | (b & 0xffff0000u);
+        HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+          uint32_t pair;
+          __builtin_memcpy(&pair, words + r * weight_stride * 2 + t, 4);
+          const VecU both = pair - VecU{};
+          sum[r][c][0] = DotPairs(sum[r][c][0], even, both);
+          sum[r][c][1] = DotPairs(sum[r][c][1], odd, both);
+        }
+      }
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (used != nullptr && used[t] == 0) continue;
+      const Element<kType>* value = values + t * value_dim;
+      HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
+        const VecPair chunk = kHasTail && c == kChunks - 1
+                                  ? LoadChunkTail<kType>(value + c * kChunk, tail)
+                                  : LoadChunk<kType>(value + c * kChunk);
+        HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+          const float weight = weights[r * weight_stride + t];
+          sum[r][c][0] += chunk.first * weight;
+          sum[r][c][1] += chunk.second * weight;
+        }
+      }
+    }
+  }
+  HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+    HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
+      Store(acc + r * acc_stride + c * kChunk, sum[r][c][0]);
+      Store(acc + r * acc_stride + c * kChunk + kLanes, sum[r][c][1]);
+    }
+  }
+}
+
+// Sums that fit the registers beside the loaded values: 28 of 32, or 12 of 16.
+constexpr int kSumRegisters = HTC_VECTOR_BYTES == 64 ? 28 : 12;
+constexpr int kMaxChunks = HTC_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int MaxValueRows(int chunks) {
+  return kSumRegisters / (2 * chunks) < 8 ? kSumRegisters / (2 * chunks) : 8;
+}
+
+template <DType kType, int kChunks, bool kHasTail>
+void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
+                  int tail, const float* weights, int64_t weight_stride, const uint8_t* used,
+                  float* acc, int64_t acc_stride) {
+#define HTC_CASE(n)                                                                            \
+  case n:                                                                                      \
+    if constexpr (n <= MaxValueRows(kChunks)) {                                                \
+      return AddValues<kType, n, kChunks, kHasTail>(values, value_dim, tokens, tail, weights,  \
+                                                    weight_stride, used, acc, acc_stride);     \
+    }                                                                                          \
+    break;
+  switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
+                      HTC_CASE(7) HTC_CASE(8) }
+#undef HTC_CASE
+}
+
+template <DType kType>
+void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
+                  const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
+                  int64_t acc_stride) {
+  const int64_t chunks = DivideUp(value_dim, kChunk);
+  const int tail = static_cast<int>(value_dim % kChunk);
+  const int64_t column_parts = DivideUp(chunks, kMaxChunks);
+  int64_t chunk = 0;
+  for (int64_t part = 0; part < column_parts; ++part) {
+    const int64_t width = (chunks - chunk) / (column_parts - part);
+    const bool has_tail = tail != 0 && chunk + width == chunks;
+    const int64_t max_rows = MaxValueRows(static_cast<int>(width));
+    const int64_t row_parts = DivideUp(rows, max_rows);
+    int64_t row = 0;
+    for (int64_t row_part = 0; row_part < row_parts; ++row_part) {
+      const int64_t count = (rows - row) / (row_parts - row_part);
+      const Element<kType>* from = values + chunk * kChunk;
+      const float* weight = weights + row * weight_stride;
+      float* to = acc + row * acc_stride + chunk * kChunk;
+#define HTC_CASE(n)                                                                             \
+  case n:                                                                                       \
+    if constexpr (n <= kMaxChunks) {                                                            \
+      if (has_tail) {                                                                           \
+        AddValueRows<kType, n, true>(count, from, value_dim, tokens, tail, weight,              \
+                                     weight_stride, used, to, acc_stride);                      \
+      } else {                                                                                  \
+        AddValueRows<kType, n, false>(count, from, value_dim, tokens, tail, weight,             \
+                                      weight_stride, used, to, acc_stride);                     \
+      }                                                                                         \
+    }                                                                                           \
+    break;
+      switch (width) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) }
+#undef HTC_CASE
+      row += count;
+    }
+    chunk += width;
+  }
+}
+
+// ---- the call -----------------------------------------------------------------------------------
+
+struct DecodeCall {
+  const AttentionParams* params;
+  int64_t rows;            // per kv_head: group x queries, head-major as in memory
+  int64_t query_stride;    // words per prepared query row
+  int64_t acc_stride;      // floats per partial row
+  int64_t score_stride;    // floats per row of scores
+  int64_t columns_per_item;
+  int64_t column_begin;    // this round: columns [column_begin, column_end)
+  int64_t column_end;
+  float* query;            // [batch][heads * queries][query_stride]
+  float* running_acc;      // [batch][heads * queries][acc_stride]
+  float* running_max;      // [batch][heads * queries]
+  float* running_sum;
+  float* partial_acc;      // [batch][columns of a round][heads * queries][acc_stride]
+  float* partial_max;      // [batch][columns of a round][heads * queries]
+  float* partial_sum;
+  int64_t round_columns;
+};
+
+template <DType kType>
+void PrepareQuery(const DecodeCall& call) {
+  const AttentionParams& p = *call.params;
+  const int64_t full = p.view.key_dim / kChunk * kChunk;
+  const int tail = static_cast<int>(p.view.key_dim % kChunk);
+  float* to = call.query;
+  for (int64_t sequence = 0; sequence < p.batch; ++sequence) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      for (int64_t query = 0; query < p.queries; ++query, to += call.query_stride) {
+        const Element<kType>* from = QueryRow<kType>(p, sequence, head, query);
+        float* word = to;
+        for (int64_t i = 0; i < p.view.key_dim; i += kChunk, word += kQueryWords<kType>) {
+          if constexpr (kUsesDot<kType>) {
+            Store(word, i < full ? Load<VecU>(from + i) : LoadWordsTail(from + i, tail));
+          } else {
+            const VecPair chunk =
+                i < full ? LoadChunk<kType>(from + i) : LoadChunkTail<kType>(from + i, tail);
+            Store(word, chunk.first);
+            Store(word + kLanes, chunk.second);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The partial of one (sequence, column, kv_head), for all rows of the head's group.
+template <DType kType>
+void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int64_t kv_head) {
+  const AttentionParams& p = *call.params;
+  const int64_t rows = call.rows;
+  const int64_t group = p.heads / p.view.kv_heads;
+  const int64_t all_rows = p.heads * p.queries;
+  const int64_t first_row = kv_head * rows;
+  const int64_t at =
+      (sequence * call.round_columns + column - call.column_begin) * all_rows + first_row;
+  const TokenRange range = AttendedTokens(p, sequence, column);
+  const int64_t tokens = range.end - range.begin;
+  if (tokens <= 0) {
+    for (int64_t row = 0; row < rows; ++row) call.partial_max[at + row] = kMinusInfinity;
+    return;
+  }
+  const int64_t position = range.position + range.begin;
+  float* scores = static_cast<float*>(scratch(
+      Scratch::kWorker,
+      (rows * call.score_stride + rows * call.acc_stride) * 4 + p.view.block_tokens + 64));
+  float* acc = scores + rows * call.score_stride;
+  auto* used = reinterpret_cast<uint8_t*>(acc + rows * call.acc_stride);
+
+  // pass 1: scores
+  const Element<kType>* keys =
+      KeyPlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.key_dim;
+  const float* query =
+      call.query + (sequence * all_rows + first_row) * call.query_stride;
+  const int64_t parts = DivideUp(rows, kMaxScoreRows);
+  const int64_t step = parts == 1 ? tokens : kKeyTile;
+  for (int64_t t = 0; t < tokens; t += step) {
+    int64_t row = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t count = (rows - row) / (parts - part);
+      ScoreRows<kType>(count, keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
+                       query + row * call.query_stride, call.query_stride,
+                       scores + row * call.score_stride + t, call.score_stride);
+      row += count;
+    }
+  }
+
+  // pass 2: weights
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t head = kv_head * group + row / p.queries;
+    const int64_t query_number = row % p.queries;
+    const int64_t end = Max(0, CausalEnd(p, range, query_number) - range.begin);
+    const RowSums sums =
+        SoftmaxRow<kType>(scores + row * call.score_stride, tokens, end, p.scale,
+                          MaskRow(p, sequence, head, query_number, position), p.mask_stride[3]);
+    call.partial_max[at + row] = sums.max;
+    call.partial_sum[at + row] = sums.sum;
+  }
+  if (p.mask != nullptr) {
+    AnyRowAttends(p, sequence, kv_head * group, group, 0, p.queries, position, tokens, used);
+  }
+
+  // pass 3: weighted values, a tile of tokens at a time for all rows
+  const Element<kType>* values =
+      ValuePlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.value_dim;
+  for (int64_t i = 0; i < rows * call.acc_stride; i += kLanes) Store(acc + i, VecF{});
+  const int64_t weight_step = kUsesDot<kType> ? 2 : 1;  // weights per float of `scores`
+  for (int64_t t = 0; t < tokens; t += kValueTile) {
+    AddValueTile<kType>(rows, values + t * p.view.value_dim, p.view.value_dim,
+                        Min(kValueTile, tokens - t), scores + t / weight_step, call.score_stride,
+                        p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride);
+  }
+
+  // pass 4: back into the order of memory
+  float* to = call.partial_acc + at * call.acc_stride;
+  for (int64_t i = 0; i < rows * call.acc_stride; i += kChunk) {
+    const VecPair ordered = InOrder<kType>({Load<VecF>(acc + i), Load<VecF>(acc + i + kLanes)});
+    Store(to + i, ordered.first);
+    Store(to + i + kLanes, ordered.second);
+  }
+}
+
+template <DType kType>
+void PartialItem(void* context, int64_t item) {
+  const DecodeCall& call = *static_cast<const DecodeCall*>(context);
+  const AttentionParams& p = *call.params;
+  const int64_t pieces =
+      DivideUp(call.column_end - call.column_begin, call.columns_per_item);
+  const int64_t kv_head = item % p.view.kv_heads;
+  const int64_t piece = item / p.view.kv_heads % pieces;
+  const int64_t sequence = item / p.view.kv_heads / pieces;
+  const int64_t begin = call.column_begin + piece * call.columns_per_item;
+  const int64_t end = Min(begin + call.columns_per_item, call.column_end);
+  for (int64_t column = begin; column < end; ++column) {
+    BlockPartial<kType>(call, sequence, column, kv_head);
+  }
+}
+
+constexpr int64_t kFoldRows = 4;  // rows per item of phase 2
+
+template <DType kType>
+void FoldItem(void* context, int64_t item) {
+  const DecodeCall& call = *static_cast<const DecodeCall*>(context);
+  const AttentionParams& p = *call.params;
+  const int64_t all_rows = p.heads * p.queries;
+  const int64_t total = p.batch * all_rows;
+  const bool is_first_round = call.column_begin == 0;
+  const bool is_last_round = call.column_end == p.view.num_columns;
+  const int64_t value_dim = p.view.value_dim;
+  for (int64_t index = item * kFoldRows; index < Min((item + 1) * kFoldRows, total); ++index) {
+    const int64_t sequence = index / all_rows;
+    const int64_t row = index % all_rows;
+    float* acc = call.running_acc + index * call.acc_stride;
+    float max, sum;
+    if (!is_first_round) {
+      max = call.running_max[index];
+      sum = call.running_sum[index];
+    } else {
+      for (int64_t i = 0; i < call.acc_stride; i += kLanes) Store(acc + i, VecF{});
+      max = kMinusInfinity;
+      sum = 0.0f;
+      if (p.state.acc != nullptr) {
+        __builtin_memcpy(acc, p.state.acc + index * value_dim, value_dim * 4);
+        max = p.state.max[index];
+        sum = p.state.sum[index];
+      }
+    }
+    for (int64_t column = call.column_begin; column < call.column_end; ++column) {
+      const int64_t at =
+          (sequence * call.round_columns + column - call.column_begin) * all_rows + row;
+      JoinPartial(acc, max, sum, call.partial_acc + at * call.acc_stride, call.partial_max[at],
+                  call.partial_sum[at], RoundUp(value_dim, kLanes));
+    }
+    call.running_max[index] = max;
+    call.running_sum[index] = sum;
+    if (!is_last_round) continue;
+    if (p.state.acc != nullptr) {
+      __builtin_memcpy(p.state.acc + index * value_dim, acc, value_dim * 4);
+      p.state.max[index] = max;
+      p.state.sum[index] = sum;
+    }
+    if (p.output.out != nullptr) {
+      const int64_t head = row / p.queries;
+      p.output.lse[index] = FinishRow<kType>(
+          acc, max, sum, p.output.sinks == nullptr ? nullptr : p.output.sinks + head, value_dim,
+          OutputRow<kType>(p.output, sequence, head, row % p.queries), p.output.stride[3]);
+    }
+  }
+}
+
+template <DType kType>
+void Decode(const AttentionParams& p) {
+  DecodeCall call;
+  call.params = &p;
+  const BlockView& view = p.view;
+  const int64_t all_rows = p.heads * p.queries;
+  const int64_t total = p.batch * all_rows;
+  call.rows = p.heads / view.kv_heads * p.queries;
+  call.query_stride = DivideUp(view.key_dim, kChunk) * kQueryWords<kType>;
+  call.acc_stride = RoundUp(view.value_dim, kChunk);
+  call.score_stride = RoundUp(view.block_tokens, kLanes) + kLanes;
+  const int64_t column_floats = p.batch * all_rows * (call.acc_stride + 2);
+  call.round_columns = Max(1, Min(view.num_columns, kPartialBytes / (column_floats * 4)));
+
+  float* memory = static_cast<float*>(scratch(
+      Scratch::kShared, 4 * (total * (call.query_stride + call.acc_stride + 2) + 4 * kLanes +
+                             call.round_columns * column_floats)));
+  call.query = memory;
+  call.running_acc = call.query + total * call.query_stride;
+  call.partial_acc = call.running_acc + total * call.acc_stride;
+  call.partial_max = call.partial_acc + call.round_columns * total * call.acc_stride;
+  call.partial_sum = call.partial_max + call.round_columns * total;
+  call.running_max = call.partial_sum + call.round_columns * total;
+  call.running_sum = call.running_max + total;
+  PrepareQuery<kType>(call);
+
+  const int64_t plane_bytes =
+      view.block_tokens * (view.key_dim + view.value_dim) * int64_t{sizeof(Element<kType>)};
+  call.columns_per_item = Max(1, kItemBytes / plane_bytes);
+  const int64_t tokens = Min(view.num_columns * view.block_tokens,
+                             Max(0, p.kv_tokens - p.first_token));
+  const int64_t bytes = p.batch * view.kv_heads * tokens * plane_bytes / view.block_tokens;
+  // Waking a thread costs what reading some 100 KB costs.
+  const int threads = static_cast<int>(Min(p.num_threads, 1 + bytes / (2 * kItemBytes)));
+
+  call.column_begin = 0;
+  do {
+    call.column_end = Min(call.column_begin + call.round_columns, view.num_columns);
+    const int64_t pieces =
+        DivideUp(call.column_end - call.column_begin, call.columns_per_item);
+    parallel_for(threads, p.batch * view.kv_heads * pieces, PartialItem<kType>, &call);
+    parallel_for(threads, DivideUp(total, kFoldRows), FoldItem<kType>, &call);
+    call.column_begin = call.column_end;
+  } while (call.column_begin < view.num_columns);
+}
+
+}  // namespace
+}  // namespace HTC_ISA
+}  // namespace hf_tiered_cache

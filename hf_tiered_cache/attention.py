@@ -1,0 +1,331 @@
+"""How attention reaches the blocks: `tiered_attention_forward` and the registry of transformers.
+
+A model hands what `update()` returned to the attention function of its configuration. `enable`
+wraps those functions so that a paged handle goes to `tiered_attention_forward` and everything
+else to the original, untouched. It also registers the name "tiered" with a mask function that
+builds no query-by-key mask where position alone says what may be attended:
+`model.set_attn_implementation("tiered")`, for prompts whose mask would itself be too large.
+
+transformers' signatures as of 5.17 to 5.23 (`modeling_utils.AttentionInterface`,
+`masking_utils.AttentionMaskInterface`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.metrics import span
+from hf_tiered_cache.paged_states import PagedStates, RefuseBackward, Snapshot
+
+NAME = "tiered"
+WRAPPED_NAMES = (
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+_originals: dict[str, AttentionFunction] = {}
+
+
+def enable() -> None:
+    """Let paged handles reach tiered attention; called by the first `TieredCache`. Idempotent."""
+    registry = AttentionInterface._global_mapping
+    for name in WRAPPED_NAMES:
+        if name in registry and name not in _originals:
+            _originals[name] = registry[name]
+            AttentionInterface.register(name, _wrap(registry[name]))
+    AttentionInterface.register(NAME, tiered_attention_forward)
+    AttentionMaskInterface.register(NAME, tiered_mask)
+
+
+def disable() -> None:
+    """Put transformers' own attention functions back; caches go on, computing densely."""
+    for name, original in _originals.items():
+        AttentionInterface.register(name, original)
+    _originals.clear()
+    AttentionInterface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+def tiered_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function over the blocks behind `key` and `value`.
+
+    query `[batch, heads, queries, head_dim]`; attention_mask: None (causal by position), 2-D
+    padding `[batch, kv_tokens]`, or 4-D `[batch, heads, queries, kv_tokens]`, boolean (True =
+    attend) or additive. Returns (out `[batch, queries, heads, head_dim]`, None).
+
+    What the blocks cannot answer (attention weights, dropout, dense tensors) is computed densely.
+    """
+    if not _can_stream(query, key, value, attention_mask, dropout, module, kwargs):
+        return _dense_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=is_causal,
+            softcap=softcap,
+            s_aux=s_aux,
+            position_bias=position_bias,
+            **kwargs,
+        )
+    snapshot: Snapshot = key.snapshot  # type: ignore[attr-defined]
+    num_queries = query.shape[2]
+    causal = num_queries > 1
+    if causal and attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    starts = mask = None
+    bias = position_bias
+    if attention_mask is not None:
+        if attention_mask.dim() == 2:
+            starts, mask = _padding(attention_mask)
+        elif attention_mask.dtype == torch.bool:
+            mask, causal = attention_mask, False  # the mask says it all
+        else:
+            bias = attention_mask if bias is None else bias + attention_mask
+            causal = False
+    out = _stream_attention(
+        snapshot,
+        query.detach() if query.requires_grad else query,
+        scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+        causal=causal,
+        starts=starts,
+        mask=mask,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = RefuseBackward.apply(out, query)
+    return out, None
+
+
+def _stream_attention(
+    snapshot: Snapshot,
+    query: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    starts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend all blocks of a snapshot, in block order, as they become resident.
+
+    Returns `[batch, queries, heads, value_dim]`. One call of the kernel when everything is
+    resident, else one per chunk, folded into a running state: the same bits either way.
+    """
+    manager, layout = snapshot.manager, snapshot.layout
+    batch, heads, num_queries, _ = query.shape
+    out = query.new_empty((batch, num_queries, heads, layout.value_dim))
+    arguments: dict[str, Any] = {
+        "kv_tokens": snapshot.num_tokens,
+        "scale": scale,
+        "causal": causal,
+        "starts": starts,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+    }
+    with manager.lock, span("attention"):
+        slab = manager.device_tier.slab
+        state = None
+        for chunk in manager.stream(snapshot.table, snapshot.scan):
+            if chunk.slots.shape[1] == snapshot.table.num_blocks:
+                ops.paged_attention(
+                    query,
+                    slab,
+                    chunk.slots,
+                    layout,
+                    sinks=sinks,
+                    out=out.transpose(1, 2),
+                    **arguments,
+                )
+                return out
+            if state is None:
+                state = ops.RunningState.begin(query, layout.value_dim)
+            ops.attend_blocks(
+                state,
+                query,
+                slab,
+                chunk.slots,
+                layout,
+                first_token=chunk.first * layout.block_tokens,
+                **arguments,
+            )
+        assert state is not None, "attention over an empty layer"
+        ops.finish_attention(state, out=out.transpose(1, 2), sinks=sinks)
+    return out
+
+
+def tiered_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask function of the name "tiered": None or the 2-D padding mask where the kernels can
+    tell the rest from positions, else transformers' dense boolean mask (windows, overlays)."""
+    windowed = local_size is not None and kv_length >= local_size
+    if windowed or not allow_is_causal_skip or use_vmap:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
+    return flash_attention_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+    )
+
+
+def _wrap(original: AttentionFunction) -> AttentionFunction:
+    """The original, except that a paged handle goes to tiered attention."""
+
+    @functools.wraps(original)
+    def attention_forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(key, PagedStates):
+            dropout = kwargs.get("dropout", 0.0)
+            if _can_stream(query, key, value, attention_mask, dropout, module, kwargs):
+                return tiered_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            key, value = _dense(key), _dense(value)
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    return attention_forward
+
+
+def _can_stream(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float,
+    module: torch.nn.Module,
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether the blocks behind the handles can answer this call, chunk by chunk."""
+    return (
+        isinstance(key, PagedStates)
+        and isinstance(value, PagedStates)
+        and key.snapshot is value.snapshot
+        and query.dtype == key.dtype
+        and not kwargs.get("output_attentions")
+        and not (dropout and module.training)
+        and (
+            attention_mask is None
+            or (
+                isinstance(attention_mask, torch.Tensor)
+                and attention_mask.dim() in (2, 4)
+                and attention_mask.shape[-1] >= key.shape[2]
+            )
+        )
+        # With a 2-D mask or none, a window would have to come from this argument.
+        and (
+            (window := kwargs.get("sliding_window")) is None
+            or window >= key.shape[2]
+            or (attention_mask is not None and attention_mask.dim() == 4)
+        )
+    )
+
+
+def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A 2-D padding mask as (starts, mask): left padding as the first attended position of each
+    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`."""
+    mask = mask.bool()
+    starts = mask.int().argmax(dim=1)
+    if bool((mask.sum(dim=1) == mask.shape[1] - starts).all()):
+        return (starts.int(), None) if bool(starts.any()) else (None, None)
+    return None, mask[:, None, None, :]
+
+
+def _dense(states: torch.Tensor) -> torch.Tensor:
+    return states.materialize() if isinstance(states, PagedStates) else states
+
+
+def _dense_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' sdpa over dense tensors, with the mask "tiered" left implicit spelled out."""
+    key, value = _dense(key), _dense(value)
+    if attention_mask is None or attention_mask.dim() == 2:
+        attention_mask = _explicit_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
+    original = _originals.get("sdpa", sdpa_attention_forward)
+    return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _explicit_mask(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    padding: torch.Tensor | None,
+    is_causal: bool | None,
+) -> torch.Tensor | None:
+    """Boolean `[batch, 1, queries, kv_tokens]`, or None where sdpa's own reading of None is right.
+
+    sdpa aligns an implicit causal mask at the top left, which is wrong behind a longer past.
+    """
+    queries, tokens = query.shape[2], key.shape[2]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if padding is None and (queries in (1, tokens) or not is_causal):
+        return None
+    mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device)
+    if is_causal:
+        mask = mask.tril(tokens - queries)
+    return mask if padding is None else mask & padding.bool()[:, None, None, :tokens]

@@ -1,0 +1,150 @@
+"""Every knob of the cache, its unit and its validation.
+
+A config only says what was asked. What "auto" becomes is decided by `Budgets.resolve`, from what
+is free at that moment, so that a cache can print both.
+"""
+
+import contextlib
+import difflib
+import os
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from hf_tiered_cache.errors import ConfigError
+from hf_tiered_cache.layout import MIN_BLOCK_TOKENS
+from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
+
+DIRECTORY_VARIABLE = "HF_TIERED_CACHE_DIR"
+DISK_IO_MODES = ("auto", "direct", "buffered")
+
+# Shares of what is free that "auto" takes: the model's activations and other programs need the
+# rest of the memory, and a full disk hurts everybody on the machine.
+AUTO_DEVICE_SHARE = 0.5
+AUTO_DISK_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class TieredCacheConfig:
+    """What a `TieredCache` was asked to be. Sizes are int bytes, "4GiB", "1.5GB" or "auto".
+
+    Raises `ConfigError` naming the knob, what was got and what is expected.
+    """
+
+    # Bytes on each compute device (RAM on a machine without a GPU): blocks and staging together.
+    device_bytes: int | str = AUTO
+    # Bytes of the disk tier; 0 switches it off.
+    disk_bytes: int | str = AUTO
+    # Folder of the disk tier; default: $HF_TIERED_CACHE_DIR, else <HF_HOME>/tiered_cache.
+    disk_dir: str | os.PathLike[str] | None = None
+    # "direct" bypasses the page cache, "buffered" uses it, "auto" by size against free memory.
+    disk_io: str = AUTO
+    # Tokens in a block, a power of two; default: 64 KiB of keys for one head.
+    block_tokens: int | None = None
+    # Device bytes, out of device_bytes, for cold blocks passing through.
+    staging_bytes: int | str = AUTO
+
+    def __post_init__(self) -> None:
+        for name in ("device_bytes", "disk_bytes", "staging_bytes"):
+            object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
+        if self.disk_io not in DISK_IO_MODES:
+            raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
+        tokens = self.block_tokens
+        if tokens is not None and (
+            not isinstance(tokens, int) or tokens < MIN_BLOCK_TOKENS or tokens & (tokens - 1)
+        ):
+            raise ConfigError(
+                f"block_tokens={tokens!r}: expected a power of two from {MIN_BLOCK_TOKENS} up, "
+                "or None to choose by head size"
+            )
+
+    @classmethod
+    def from_arguments(cls, **knobs: Any) -> "TieredCacheConfig":
+        """Build from keyword arguments; an unknown one raises with the closest known name."""
+        known = [field.name for field in fields(cls)]
+        for name in knobs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown argument {name!r}{hint}")
+        return cls(**knobs)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The config's sizes with every "auto" replaced by bytes."""
+
+    device_bytes: int
+    disk_bytes: int
+    disk_dir: Path
+    device_is_auto: bool
+    disk_is_auto: bool
+
+    @classmethod
+    def resolve(cls, config: TieredCacheConfig) -> "Budgets":
+        """Measure what is free now; raises `ConfigError` if the folder cannot hold that much."""
+        directory = disk_directory(config.disk_dir)
+        device, disk = config.device_bytes, config.disk_bytes
+        if device == AUTO:
+            device = int(free_memory_bytes() * AUTO_DEVICE_SHARE)
+        if disk != 0:
+            free = free_disk_bytes(directory)
+            if disk == AUTO:
+                disk = int(free * AUTO_DISK_SHARE)
+            elif int(disk) > free:
+                raise ConfigError(
+                    f"disk_bytes={disk} ({format_bytes(int(disk))}) is more than the "
+                    f"{format_bytes(free)} free in {directory}: lower disk_bytes, or give another "
+                    f"folder with disk_dir= or ${DIRECTORY_VARIABLE}"
+                )
+        return cls(
+            device_bytes=int(device),
+            disk_bytes=int(disk),
+            disk_dir=directory,
+            device_is_auto=config.device_bytes == AUTO,
+            disk_is_auto=config.disk_bytes == AUTO,
+        )
+
+
+def disk_directory(given: str | os.PathLike[str] | None) -> Path:
+    """The folder of the disk tier: the given one, the environment's, or one below HF_HOME."""
+    chosen = given or os.environ.get(DIRECTORY_VARIABLE) or Path(HF_HOME) / "tiered_cache"
+    return Path(chosen).expanduser()
+
+
+def free_disk_bytes(directory: Path) -> int:
+    """Bytes free in `directory`, made (mode 0700) if missing; ConfigError if unwritable."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"disk_dir={str(directory)!r} cannot be made: {error.strerror}; give another folder "
+            f"with disk_dir= or ${DIRECTORY_VARIABLE}, or disk_bytes=0 for no disk tier"
+        ) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"disk_dir={str(directory)!r} is not writable: give another folder with disk_dir= or "
+            f"${DIRECTORY_VARIABLE}, or disk_bytes=0 for no disk tier"
+        )
+    return shutil.disk_usage(directory).free
+
+
+def free_memory_bytes() -> int:
+    """Bytes of RAM this process may still take: what the machine has left, within its cgroup."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def device_free_bytes(device: torch.device) -> int:
+    """Bytes free on a compute device now."""
+    if device.type == "cpu":
+        return free_memory_bytes()
+    return torch.get_device_module(device).mem_get_info(device)[0]

@@ -1,0 +1,142 @@
+"""The offload managers of one cache and of its forks, and the budgets they share.
+
+Layers whose blocks have the same shape and device share one manager; a model spread over devices,
+or one whose layers differ in heads, has several. All of them draw on the same budgets.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from hf_tiered_cache.block_manager import BlockTable
+from hf_tiered_cache.config import Budgets, TieredCacheConfig, device_free_bytes
+from hf_tiered_cache.errors import ClosedCacheError
+from hf_tiered_cache.layout import BlockLayout, default_block_tokens
+from hf_tiered_cache.metrics import Counters, TierStats
+from hf_tiered_cache.offload_manager import OffloadManager
+from hf_tiered_cache.sizes import AUTO
+from hf_tiered_cache.tiers.base import Budget, Tier
+from hf_tiered_cache.tiers.device import DeviceTier
+from hf_tiered_cache.tiers.disk import DiskTier
+
+# A disk is busy with this much in flight (measured: 1 MiB records reach its rate at queue depth
+# 4); twice that keeps it busy while one half is attended.
+STAGING_BYTES = 16 * 1024 * 1024
+MIN_STAGING_BLOCKS = 2  # one is attended while one loads
+AUTO_DEVICE_SHARE = 0.5  # of what a GPU has free; the CPU's share is resolved with the config
+
+
+class ManagerPool:
+    """Makes a manager for each (layout, device) on first use; closed when its last owner leaves.
+
+    `expected_tables`: layers that will be kept in blocks, where the model's config told it, else 0.
+    """
+
+    def __init__(self, config: TieredCacheConfig, expected_tables: int = 0) -> None:
+        self.config = config
+        self.budgets = Budgets.resolve(config)
+        self._expected_tables = expected_tables
+        self._disk = Budget("disk", self.budgets.disk_bytes)
+        self._devices: dict[torch.device, Budget] = {}
+        self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
+        self._num_owners = 1
+
+    @property
+    def disk_dir(self) -> Path:
+        return self.budgets.disk_dir
+
+    @property
+    def managers(self) -> list[OffloadManager]:
+        """Every manager made so far."""
+        return list(self._managers.values())
+
+    @property
+    def is_closed(self) -> bool:
+        return self._num_owners == 0
+
+    def manager(self, keys: torch.Tensor, values: torch.Tensor) -> OffloadManager:
+        """The manager for blocks of such keys and values (`[batch, kv_heads, tokens, dim]`).
+
+        Raises ClosedCacheError after close, ConfigError when a tier cannot be made.
+        """
+        if self.is_closed:
+            raise ClosedCacheError("this cache is closed: make a new TieredCache")
+        dims = max(keys.shape[3], values.shape[3])
+        layout = BlockLayout(
+            kv_heads=keys.shape[1],
+            key_dim=keys.shape[3],
+            value_dim=values.shape[3],
+            block_tokens=self.config.block_tokens or default_block_tokens(dims, keys.dtype),
+            dtype=keys.dtype,
+        )
+        key = (layout, keys.device)
+        if key not in self._managers:
+            self._managers[key] = self._make(layout, keys.device)
+        return self._managers[key]
+
+    def _make(self, layout: BlockLayout, device: torch.device) -> OffloadManager:
+        budget = self._devices.get(device) or Budget("device", self._device_bytes(device))
+        self._devices[device] = budget
+        tiers: list[Tier] = [DeviceTier(layout.num_bytes, budget, device)]
+        if self._disk.limit_bytes >= layout.num_bytes:
+            tiers.append(
+                DiskTier(layout.num_bytes, self._disk, self.disk_dir, io=self.config.disk_io)
+            )
+        staging = self._staging_bytes(budget) // layout.num_bytes
+        return OffloadManager(
+            layout, tiers, max(staging, MIN_STAGING_BLOCKS), self._expected_tables
+        )
+
+    def _device_bytes(self, device: torch.device) -> int:
+        if device.type != "cpu" and self.budgets.device_is_auto:
+            return int(device_free_bytes(device) * AUTO_DEVICE_SHARE)
+        return self.budgets.device_bytes
+
+    def _staging_bytes(self, budget: Budget) -> int:
+        if self.config.staging_bytes == AUTO:
+            return min(STAGING_BYTES, budget.limit_bytes // 8)
+        return int(self.config.staging_bytes)
+
+    def counters(self) -> Counters:
+        """The totals of all managers."""
+        total = Counters()
+        for manager in self.managers:
+            total = total + manager.counters
+        return total
+
+    def tier_stats(self) -> tuple[TierStats, ...]:
+        """One row per device, then the disk."""
+        rows = []
+        for device, budget in self._devices.items():
+            tiers = [m.device_tier for (_, d), m in self._managers.items() if d == device]
+            rows.append(_tier_stats("device", tiers, budget, str(device)))
+        if self._disk.limit_bytes:
+            disks = [tier for manager in self.managers for tier in manager.tiers[1:]]
+            rows.append(_tier_stats("disk", disks, self._disk, str(self.disk_dir)))
+        return tuple(rows)
+
+    def share(self) -> "ManagerPool":
+        """Count one more owner (a fork); each owner calls `release` once."""
+        self._num_owners += 1
+        return self
+
+    def release(self, tables: Iterable[tuple[OffloadManager, BlockTable]]) -> None:
+        """An owner leaves: its tables are dropped, and after the last one everything is closed."""
+        for manager, table in tables:
+            manager.drop_table(table)
+        self._num_owners -= 1
+        if self._num_owners == 0:
+            for manager in self.managers:
+                manager.close()
+
+
+def _tier_stats(name: str, tiers: Iterable[Tier], budget: Budget, where: str) -> TierStats:
+    return TierStats(
+        name=name,
+        blocks=sum(tier.used_slots for tier in tiers),
+        used_bytes=budget.used_bytes,
+        peak_bytes=budget.peak_bytes,
+        budget_bytes=budget.limit_bytes,
+        where=where,
+    )

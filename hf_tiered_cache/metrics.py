@@ -1,0 +1,127 @@
+"""What the cache did: counters while it runs, a frozen snapshot for people, spans for profilers.
+
+Counters are plain additions. A span costs nothing unless a torch profiler is recording.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from hf_tiered_cache.sizes import format_bytes
+
+
+@dataclass
+class Counters:
+    """Running totals of one offload manager."""
+
+    resident_reads: int = 0  # blocks attended where they lay
+    cold_reads: int = 0  # blocks attended after a load into staging
+    loads: int = 0  # blocks read from a lower tier, prefetched ones that were not used included
+    stores: int = 0  # blocks written to a lower tier
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
+    load_wait_seconds: float = 0.0  # attention stood still for a load
+    store_wait_seconds: float = 0.0  # an append stood still for a store
+
+    def __add__(self, other: "Counters") -> "Counters":
+        return Counters(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the counter `name` (seconds)."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier at one moment."""
+
+    name: str
+    blocks: int  # blocks whose bytes are here (a block may be in several tiers)
+    used_bytes: int  # taken out of the budget, staging included
+    peak_bytes: int
+    budget_bytes: int
+    where: str  # device or folder
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A snapshot of `TieredCache.stats()`. Bytes, seconds, counts of blocks; ratios in [0, 1]."""
+
+    num_tokens: int  # tokens of the longest layer
+    batch: int
+    num_layers: int  # layers kept in blocks
+    block_tokens: int
+    block_bytes: int
+    cold_blocks: int  # blocks with no copy on the device
+    kernel: str
+    tiers: tuple[TierStats, ...] = ()
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def hit_share(self) -> float:
+        """Share of the attended blocks that were resident; 1.0 before anything was attended."""
+        reads = self.counters.resident_reads + self.counters.cold_reads
+        return self.counters.resident_reads / reads if reads else 1.0
+
+    def __str__(self) -> str:
+        rows = [("tier", "where", "blocks", "used", "peak", "budget")]
+        rows += [
+            (
+                tier.name,
+                tier.where,
+                f"{tier.blocks:,}",
+                format_bytes(tier.used_bytes),
+                format_bytes(tier.peak_bytes),
+                format_bytes(tier.budget_bytes),
+            )
+            for tier in self.tiers
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            f"{self.num_tokens:,} tokens x {self.batch} in {self.num_layers} layers, blocks of "
+            f"{self.block_tokens} tokens ({format_bytes(self.block_bytes)}), kernel {self.kernel}"
+        ]
+        for row in rows:
+            left = "  ".join(
+                cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)
+            )
+            right = "  ".join(
+                cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
+            )
+            lines.append(f"  {left}  {right}")
+        count = self.counters
+        lines.append(
+            f"  loads {count.loads:,} ({format_bytes(count.loaded_bytes)}), waited "
+            f"{count.load_wait_seconds:.2f} s; stores {count.stores:,} "
+            f"({format_bytes(count.stored_bytes)}), waited {count.store_wait_seconds:.2f} s; "
+            f"hit share {self.hit_share:.1%}"
+        )
+        return "\n".join(lines)
+
+
+class _NoSpan:
+    """A shared context manager that does nothing."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+_NO_SPAN = _NoSpan()
+
+
+def span(name: str) -> "_NoSpan | torch.profiler.record_function":
+    """A named range in torch's profiler (`tiered_cache.<name>`); free while none records."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"tiered_cache.{name}")
+    return _NO_SPAN

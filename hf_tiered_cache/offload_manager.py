@@ -1,0 +1,433 @@
+"""What is demoted and when, and how cold blocks come back: `OffloadManager`.
+
+Exact decode reads every block of every layer once per token, in layer order. Against such a
+cyclic scan LRU hits nothing, so placement is by age: the newest blocks stay on the device, the
+same share in every layer, and older ones lie one rung down. A full block is immutable, so it is
+stored at most once and its device copy is dropped for free; stores start before their room is
+needed, so that a decode step seldom waits for one.
+
+One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
+it; `lock` is held by whoever moves or reads blocks.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
+from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.layout import BlockLayout
+from hf_tiered_cache.metrics import Counters, span
+from hf_tiered_cache.sizes import format_bytes
+from hf_tiered_cache.stream import BlockStream
+from hf_tiered_cache.tiers.base import DONE, Tier
+from hf_tiered_cache.tiers.device import DeviceTier
+
+# Stores that may be under way at once: enough to keep a disk's queue full, few enough that the
+# device keeps room for new blocks.
+MAX_STORES = 8
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive columns of a table, ready for the kernels: all slots are on the device."""
+
+    first: int  # column of slots[:, 0]
+    slots: torch.Tensor  # int32 [batch, columns]
+
+
+class OffloadManager:
+    """Appends tokens, demotes the oldest blocks and streams cold ones back.
+
+    `tiers` is the chain from the device down; blocks go down one rung at a time. `expected_tables`
+    is the number of layers, where the model's config told it (0: unknown): it lets the first
+    append say that a budget is too small for the layers still to come.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        tiers: Sequence[Tier],
+        staging_slots: int,
+        expected_tables: int = 0,
+    ) -> None:
+        device = tiers[DEVICE]
+        assert isinstance(device, DeviceTier)
+        self.layout = layout
+        self.tiers = tuple(tiers)
+        self.device_tier = device
+        self.blocks = KVBlockManager(len(tiers))
+        self.counters = Counters()
+        self.lock = threading.RLock()
+        self._lower = tiers[DEVICE + 1 :]
+        self._stream = BlockStream(tiers, staging_slots if self._lower else 0, self.counters)
+        self._expected_tables = expected_tables
+        self._storing: list[KVBlock] = []  # in order of their start
+        self._is_closed = False
+
+    # --- appending -----------------------------------------------------------------------------
+
+    def new_table(self, layer: int, batch: int) -> BlockTable:
+        """An empty table for a layer of `batch` sequences."""
+        self._check_open()
+        return self.blocks.new_table(layer, self.layout, batch)
+
+    def append(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write tokens behind the last ones of every row; older blocks are demoted to make room.
+
+        keys `[batch, kv_heads, tokens, key_dim]`, values `[batch, kv_heads, tokens, value_dim]`.
+        Raises OutOfBlocksError before anything changed; TierIOError when making room failed, and
+        the table is then as it was.
+        """
+        self._check_open()
+        num_tokens, start = keys.shape[2], table.num_tokens
+        room = table.num_blocks * self.layout.block_tokens - start
+        if num_tokens > room:
+            self._fit_staging(table.batch)
+            self._check_capacity(table, num_tokens)
+        done = 0
+        try:
+            if room:
+                self._own_last_blocks(table)
+            while done < num_tokens:
+                if room == 0:
+                    room = self._add_columns(table, num_tokens - done)
+                part = slice(done, min(num_tokens, done + room))
+                self._write(table, keys[:, :, part], values[:, :, part])
+                done, room = part.stop, 0
+        except BaseException:
+            self.truncate(table, start)
+            raise
+
+    def _write(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
+        start = table.num_tokens
+        slots = self.blocks.placement(table).slots[:, start // self.layout.block_tokens :]
+        ops.append_tokens(keys, values, self.device_tier.slab, slots, self.layout, start)
+        if self.blocks.advance(table, keys.shape[2]):
+            self._store_ahead(table)
+
+    def _add_columns(self, table: BlockTable, num_tokens: int) -> int:
+        """Add as many empty columns as fit now, at least one, at most for `num_tokens` tokens;
+        return the tokens they take."""
+        wanted = self.layout.num_blocks(num_tokens)
+        columns = min(wanted, max(1, self._num_free_slots() // table.batch))
+        self.make_room(columns * table.batch)
+        for _ in range(columns):
+            for row in range(table.batch):
+                self.blocks.append_block(table, row, self._allocate())
+        return columns * self.layout.block_tokens
+
+    def _own_last_blocks(self, table: BlockTable) -> None:
+        """Make the filling blocks writable: resident, unshared and without copies below."""
+        for row in range(table.batch):
+            block = table.rows[row][-1]
+            if block.ref_count > 1:
+                self._copy_last_block(table, row)
+            elif not block.is_resident or block.is_stored:
+                self._promote(block)
+            else:
+                self.blocks.start_filling(block)
+
+    def _copy_last_block(self, table: BlockTable, row: int) -> None:
+        self.make_room(1)
+        slot = self._allocate()
+        try:
+            self._read_block(table.rows[row][-1], slot)
+        except BaseException:
+            self.device_tier.free(slot)
+            raise
+        self.blocks.replace_last(table, row, slot)
+
+    def _promote(self, block: KVBlock) -> None:
+        """Bring a block that fills again back to the device and drop the copies below it."""
+        if not block.is_resident:
+            self.make_room(1)
+            slot = self._allocate()
+            try:
+                self._read_block(block, slot)
+            except BaseException:
+                self.device_tier.free(slot)
+                raise
+            self.blocks.move(block, DEVICE, slot)
+        self.blocks.start_filling(block)
+        self._stream.discard(block)
+        self._free_slots(block, first_rung=DEVICE + 1)
+
+    def _read_block(self, block: KVBlock, slot: int) -> None:
+        """Copy a block's bytes, wherever they are, into another device slot."""
+        target = self.device_tier.block(slot)
+        own = block.slots[DEVICE]
+        if own is not None:
+            target.copy_(self.device_tier.block(own))
+            return
+        (staged,) = self._stream.load([block])
+        target.copy_(self.device_tier.block(staged))
+        self._stream.release([block])
+
+    # --- room ----------------------------------------------------------------------------------
+
+    def make_room(self, num_blocks: int) -> None:
+        """Demote the oldest blocks until `num_blocks` device slots are free.
+
+        Raises OutOfBlocksError when everything left on the device must stay, TierIOError when a
+        store failed (the block stays on the device).
+        """
+        while self._num_free_slots() < num_blocks:
+            block = self.blocks.next_to_demote()
+            if block is None or not self._lower:
+                raise self._out_of_blocks(num_blocks)
+            if not block.is_stored:
+                self._store(block)
+            self._finish_store(block)
+            slot = self.blocks.move(block, DEVICE, None)
+            assert slot is not None
+            self.device_tier.free(slot)
+
+    def _store_ahead(self, table: BlockTable) -> None:
+        """Start storing the blocks that are next to leave, before their room is needed.
+
+        The next forward may ask for one block per row of every table; as long as so many slots
+        are free or can be dropped without a wait, nothing is stored: what fits costs nothing.
+        """
+        if not self._lower:
+            return
+        self._reap_stores()
+        tables = max(len(self.blocks.tables), self._expected_tables)
+        wanted = tables * table.batch
+        while (
+            len(self._storing) < MAX_STORES
+            and self._num_free_slots() + self.blocks.num_clean < wanted
+            and (block := self.blocks.next_to_store()) is not None
+            and self._lower[0].num_free() > 0
+        ):
+            try:
+                self._store(block)
+            except TierIOError:
+                return  # not yet in need: `make_room` tries again and says so if it must
+
+    def _store(self, block: KVBlock) -> None:
+        """Start writing a block one rung down; it counts as stored once its transfer is done."""
+        rung = DEVICE + 1
+        slot = self._lower[0].allocate()
+        if slot is None:
+            raise self._out_of_blocks(1)
+        source = block.slots[DEVICE]
+        assert source is not None
+        try:
+            block.store = self.tiers[rung].write([slot], [self.device_tier.block(source)])
+        except BaseException:
+            self._lower[0].free(slot)
+            raise
+        self.blocks.move(block, rung, slot)
+        self._storing.append(block)
+        self.counters.stores += 1
+        self.counters.stored_bytes += self.layout.num_bytes
+
+    def _finish_store(self, block: KVBlock) -> None:
+        """Wait for a block's store; on failure the block is dirty again and TierIOError raised."""
+        try:
+            if not block.store.is_ready():
+                with span("store_wait"), self.counters.waiting("store_wait_seconds"):
+                    block.store.wait()
+            block.store.wait()
+        except TierIOError:
+            self._forget_store(block)
+            raise
+
+    def _reap_stores(self) -> None:
+        """Forget finished stores; a failed one makes its block dirty again, to be retried later."""
+        for block in [block for block in self._storing if block.store.is_ready()]:
+            try:
+                block.store.wait()
+                self._storing.remove(block)
+            except TierIOError:
+                self._forget_store(block)
+
+    def _forget_store(self, block: KVBlock) -> None:
+        self._storing.remove(block)
+        self._free_slots(block, first_rung=DEVICE + 1)
+
+    def _fit_staging(self, batch: int) -> None:
+        """Let staging hold two columns of `batch` rows: one is attended while one loads."""
+        if self._lower and self._stream.num_slots < 2 * batch:
+            self._stream.grow(2 * batch)
+            self.make_room(0)
+
+    def _check_capacity(self, table: BlockTable, num_tokens: int) -> None:
+        """Raise OutOfBlocksError unless all tiers together can take `num_tokens` more tokens."""
+        columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
+        needed = columns * table.batch
+        lower = sum(tier.num_free() for tier in self._lower)
+        if needed > self._num_free_slots() + self.blocks.num_clean + lower:
+            raise self._out_of_blocks(needed)
+        tables = max(len(self.blocks.tables), self._expected_tables)
+        smallest = tables * table.batch + self._stream.num_slots
+        most = self.device_tier.used_slots + self.device_tier.num_free()
+        if smallest > most:
+            block_bytes = self.layout.num_bytes
+            raise OutOfBlocksError(
+                f"device_bytes={format_bytes(most * block_bytes)} holds {most} blocks of "
+                f"{format_bytes(block_bytes)}, but {tables} layers x {table.batch} sequences need "
+                f"a filling block each and {self._stream.num_slots} staging blocks: the smallest "
+                f"device_bytes that works is {smallest * block_bytes} "
+                f"({format_bytes(smallest * block_bytes)}); or choose a smaller block_tokens "
+                f"(now {self.layout.block_tokens})"
+            )
+
+    def _num_free_slots(self) -> int:
+        """Device slots that blocks may take: free ones, less those kept for staging."""
+        return self.device_tier.num_free() - self._stream.num_reserved
+
+    def _allocate(self) -> int:
+        slot = self.device_tier.allocate()
+        assert slot is not None, "make_room promised a slot"
+        return slot
+
+    def _out_of_blocks(self, num_blocks: int) -> OutOfBlocksError:
+        tiers = ", ".join(
+            f"{tier.name}: {tier.used_slots} of {tier.used_slots + tier.num_free()} blocks used"
+            for tier in self.tiers
+        )
+        knob = (
+            "raise disk_bytes or device_bytes"
+            if self._lower
+            else "raise device_bytes or allow disk_bytes"
+        )
+        size = format_bytes(num_blocks * self.layout.num_bytes)
+        return OutOfBlocksError(
+            f"no room for {num_blocks} more blocks ({size}) of {self.layout.block_tokens} tokens "
+            f"({tiers}): {knob}, or shorten the sequence"
+        )
+
+    # --- sharing and dropping ------------------------------------------------------------------
+
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens of every row."""
+        self._drop(self.blocks.truncate(table, num_tokens))
+
+    def select_rows(self, table: BlockTable, rows: Sequence[int]) -> None:
+        """Make row `i` what row `rows[i]` was; blocks are shared, not copied."""
+        self._drop(self.blocks.select_rows(table, rows))
+
+    def drop_table(self, table: BlockTable) -> None:
+        """Free everything only this table held; harmless after close."""
+        dropped = self.blocks.drop_table(table)
+        if not self._is_closed:
+            self._drop(dropped)
+
+    def _drop(self, blocks: Iterable[KVBlock]) -> None:
+        for block in blocks:
+            self._stream.discard(block)
+            self._free_slots(block, first_rung=DEVICE)
+
+    def _free_slots(self, block: KVBlock, first_rung: int) -> None:
+        """Free the block's slots from `first_rung` down, after a store under way has ended."""
+        if block in self._storing:
+            self._storing.remove(block)
+        with contextlib.suppress(TierIOError):  # the copy is given up anyway
+            block.store.wait()
+        block.store = DONE
+        for rung in range(first_rung, len(self.tiers)):
+            slot = self.blocks.move(block, rung, None)
+            if slot is not None:
+                self.tiers[rung].free(slot)
+
+    # --- streaming -----------------------------------------------------------------------------
+
+    def stream(self, table: BlockTable, scan: Sequence[BlockTable]) -> Iterator[Chunk]:
+        """All columns of a table, in block order, chunk by chunk, each on the device while it is
+        consumed: resident runs where they lie, cold ones through staging.
+
+        `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
+        along it. Nothing may move until the next chunk is asked for. Raises TierIOError when a
+        cold block cannot be loaded or is not what was stored.
+        """
+        self._check_open()
+        placement = self.blocks.placement(table)
+        for run in placement.runs:
+            if run.is_resident:
+                self.counters.resident_reads += (run.last - run.first) * table.batch
+                yield Chunk(run.first, placement.slots[:, run.first : run.last])
+            else:
+                yield from self._stream_cold(table, run.first, run.last, scan)
+
+    def _stream_cold(
+        self, table: BlockTable, first: int, last: int, scan: Sequence[BlockTable]
+    ) -> Iterator[Chunk]:
+        columns = max(1, self._stream.chunk_blocks // table.batch)
+        for begin in range(first, last, columns):
+            end = min(begin + columns, last)
+            cold = [block for block in table.blocks(begin, end) if not block.is_resident]
+            staged = dict(zip(cold, self._stream.load(cold), strict=True))
+            slots = [
+                [staged[b] if (slot := b.slots[DEVICE]) is None else slot for b in row[begin:end]]
+                for row in table.rows
+            ]
+            self.counters.cold_reads += len(cold)
+            yield Chunk(begin, torch.tensor(slots, dtype=torch.int32))
+            self._stream.release(cold)
+            self._stream.prefetch(self._upcoming(table, end, scan))
+
+    def _upcoming(
+        self, table: BlockTable, column: int, scan: Sequence[BlockTable]
+    ) -> Iterator[KVBlock]:
+        """Cold blocks in the order the next reads will want them: the rest of this table, the
+        following layers, and round again (the next token) to where we are."""
+        yield from self._cold_blocks(table, column, table.num_blocks)
+        here = next((i for i, other in enumerate(scan) if other is table), len(scan))
+        for other in [*scan[here + 1 :], *scan[:here]]:
+            yield from self._cold_blocks(other, 0, other.num_blocks)
+        yield from self._cold_blocks(table, 0, column)
+
+    def _cold_blocks(self, table: BlockTable, first: int, last: int) -> Iterator[KVBlock]:
+        for run in self.blocks.placement(table).runs:
+            if not run.is_resident:
+                for block in table.blocks(max(first, run.first), min(last, run.last)):
+                    if not block.is_resident:
+                        yield block
+
+    # --- the end -------------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
+    def num_staging_slots(self) -> int:
+        return self._stream.num_slots
+
+    def num_cold_blocks(self) -> int:
+        """Distinct blocks without a copy on the device."""
+        blocks = {block for table in self.blocks.tables for block in table.blocks()}
+        return sum(not block.is_resident for block in blocks)
+
+    def check_integrity(self) -> None:
+        """Verify the laws of the block tables and that no slot is lost; for tests."""
+        self.blocks.check_integrity()
+        held = {block for table in self.blocks.tables for block in table.blocks()}
+        for rung, tier in enumerate(self.tiers):
+            slots = sum(block.slots[rung] is not None for block in held)
+            if rung == DEVICE:
+                slots += self._stream.num_slots - self._stream.num_reserved
+            assert slots == tier.used_slots, f"{tier.name}: {slots} held, {tier.used_slots} used"
+
+    def close(self) -> None:
+        """Wait for transfers under way and give every tier's memory, files and threads back."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for block in self._storing:
+            with contextlib.suppress(TierIOError):
+                block.store.wait()
+        self._storing = []
+        self._stream.close()
+        for tier in reversed(self.tiers):
+            tier.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedCacheError("this cache is closed: make a new TieredCache")

@@ -1,0 +1,171 @@
+"""The ring of staging slots through which cold blocks pass on their way to attention.
+
+Loads run ahead of compute: whoever consumes blocks says which ones a forward will read next, over
+the layers and over the token boundary (cold blocks never change and their order is known, so no
+query is needed to load them), and as many loads as there are free staging slots are started.
+Staging slots are ordinary slots of the device tier, so they count in its budget.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hf_tiered_cache.block_manager import DEVICE, KVBlock
+from hf_tiered_cache.errors import TierIOError
+from hf_tiered_cache.metrics import Counters, span
+from hf_tiered_cache.tiers.base import Tier, Transfer
+from hf_tiered_cache.tiers.device import DeviceTier
+
+# One read of neighbouring records up to this size: below it the calls, not the bytes, cost.
+READ_BYTES = 1024 * 1024
+
+
+@dataclass
+class _Staged:
+    slot: int
+    transfer: Transfer
+
+
+class BlockStream:
+    """Loads cold blocks into at most `num_slots` staging slots, ahead of their use.
+
+    A staged block is wanted (loading or loaded, not yet attended). `load` returns when its blocks
+    are in staging; `release` makes their slots free for the next ones. Anything staged may be
+    discarded: the tier below still holds it.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], num_slots: int, counters: Counters) -> None:
+        device = tiers[DEVICE]
+        assert isinstance(device, DeviceTier)
+        self._device = device
+        self._tiers = tiers
+        self._counters = counters
+        self._num_slots = num_slots
+        self._free: list[int] = []
+        self._staged: dict[KVBlock, _Staged] = {}  # in order of their use
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks to consume at once: a quarter of the ring, so that the rest keeps loading."""
+        return max(1, self._num_slots // 4)
+
+    @property
+    def num_slots(self) -> int:
+        """Staging slots, the most blocks that can be staged at once."""
+        return self._num_slots
+
+    @property
+    def num_reserved(self) -> int:
+        """Staging slots not yet taken from the device tier; nobody else may take these."""
+        return self._num_slots - len(self._free) - len(self._staged)
+
+    def grow(self, num_slots: int) -> None:
+        """Allow more staging slots; the caller sees to it that the device tier can give them."""
+        self._num_slots = max(self._num_slots, num_slots)
+
+    def load(self, blocks: Sequence[KVBlock]) -> list[int]:
+        """Wait until all `blocks` (at most `num_slots`, no repeats) are staged; return their slots.
+
+        Raises TierIOError when a load failed; the block is then no longer staged, and a later call
+        tries again.
+        """
+        missing = [block for block in blocks if block not in self._staged]
+        if missing:
+            wanted = set(blocks)
+            surplus = len(missing) - len(self._free) - self.num_reserved
+            # What lies furthest ahead gives way: it is the last to be used.
+            for block in [b for b in reversed(self._staged) if b not in wanted][: max(surplus, 0)]:
+                self.discard(block)
+            self._start(missing)
+        staged = [self._staged[block] for block in blocks]
+        try:
+            if not all(entry.transfer.is_ready() for entry in staged):
+                with span("load_wait"), self._counters.waiting("load_wait_seconds"):
+                    for entry in staged:
+                        entry.transfer.wait()
+            for entry in staged:
+                entry.transfer.wait()
+        except BaseException:
+            for block in blocks:
+                self.discard(block)
+            raise
+        return [entry.slot for entry in staged]
+
+    def release(self, blocks: Iterable[KVBlock]) -> None:
+        """The blocks were attended; their staging slots are free."""
+        for block in blocks:
+            self._free.append(self._staged.pop(block).slot)
+
+    def prefetch(self, upcoming: Iterable[KVBlock]) -> None:
+        """Start loading `upcoming` blocks, in order of use, into the free staging slots."""
+        room = len(self._free) + self.num_reserved
+        if not room:
+            return
+        missing = []
+        for block in upcoming:
+            if block not in self._staged:
+                missing.append(block)
+                if len(missing) == room:
+                    break
+        self._start(missing)
+
+    def discard(self, block: KVBlock) -> None:
+        """Forget a staged block, after its load has ended; nothing happens if it is not staged."""
+        entry = self._staged.pop(block, None)
+        if entry is not None:
+            _settle(entry.transfer)
+            self._free.append(entry.slot)
+
+    def close(self) -> None:
+        """Wait for the loads under way and free the staging slots."""
+        for block in list(self._staged):
+            self.discard(block)
+        for slot in self._free:
+            self._device.free(slot)
+        self._free = []
+
+    def _start(self, blocks: Sequence[KVBlock]) -> None:
+        """Start the loads of `blocks`, neighbouring records in one read."""
+        per_read = max(1, READ_BYTES // self._device.block_bytes)
+        for first in range(0, len(blocks), per_read):
+            group: dict[int, list[KVBlock]] = {}
+            for block in blocks[first : first + per_read]:
+                group.setdefault(_source(block), []).append(block)
+            for rung, members in group.items():
+                self._read(rung, members)
+
+    def _read(self, rung: int, blocks: Sequence[KVBlock]) -> None:
+        for block in blocks:
+            block.store.wait()  # a copy that is still being written may not be relied on
+        sources = [slot for block in blocks if (slot := block.slots[rung]) is not None]
+        slots = [self._take_slot() for _ in blocks]
+        try:
+            transfer = self._tiers[rung].read(sources, [self._device.block(s) for s in slots])
+        except BaseException:
+            self._free += slots
+            raise
+        self._counters.loads += len(blocks)
+        self._counters.loaded_bytes += len(blocks) * self._device.block_bytes
+        for block, slot in zip(blocks, slots, strict=True):
+            self._staged[block] = _Staged(slot, transfer)
+
+    def _take_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        slot = self._device.allocate()
+        assert slot is not None, "the device tier gave staging's slots away"
+        return slot
+
+
+def _source(block: KVBlock) -> int:
+    """The highest rung below the device that holds a copy."""
+    for rung in range(DEVICE + 1, len(block.slots)):
+        if block.slots[rung] is not None:
+            return rung
+    raise AssertionError(f"{block} has no copy below the device")
+
+
+def _settle(transfer: Transfer) -> None:
+    """Wait for a transfer whose outcome no longer matters."""
+    with contextlib.suppress(TierIOError):
+        transfer.wait()

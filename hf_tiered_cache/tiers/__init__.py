@@ -1,0 +1,11 @@
+"""Where blocks lie: slots and bytes, and nothing else.
+
+A tier hands out slots, stores and loads the bytes of one block per slot, and gives everything back
+on close. It knows no layers, tokens or policies: those are the block and offload managers'.
+"""
+
+from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, tier_class
+from hf_tiered_cache.tiers.device import DeviceTier
+from hf_tiered_cache.tiers.disk import DiskTier
+
+__all__ = ["DONE", "Budget", "DeviceTier", "DiskTier", "Tier", "Transfer", "tier_class"]

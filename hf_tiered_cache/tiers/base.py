@@ -1,0 +1,250 @@
+"""The contract of a tier: `Tier`, the `Transfer` its reads and writes return, the `Budget` it keeps.
+
+    allocate  a slot, or None when the budget has no room
+    write     store blocks into slots; returns a Transfer
+    read      load blocks from slots; returns a Transfer
+    free      give a slot back
+    close     give everything back
+
+A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers it, and the contract
+tests run over every registered tier.
+"""
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from hf_tiered_cache.errors import (
+    ClosedCacheError,
+    ConfigError,
+    TierIOError,
+    UnsupportedInputError,
+)
+from hf_tiered_cache.layout import ALIGNMENT_BYTES
+
+
+class Budget:
+    """A hard cap in bytes for one tier, shared by every slab and file of that tier. Thread-safe."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        if limit_bytes < 0:
+            raise ConfigError(f"{name}_bytes is {limit_bytes}; expected 0 or more")
+        self.name = name
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        # Reentrant: garbage collection inside `reserve` may finalize a tier, which releases here.
+        self._lock = threading.RLock()
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Take `num_bytes`; False, and nothing changed, when that would exceed the limit."""
+        with self._lock:
+            if self.used_bytes + num_bytes > self.limit_bytes:
+                return False
+            self.used_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            return True
+
+    def release(self, num_bytes: int) -> None:
+        """Give `num_bytes` back."""
+        with self._lock:
+            assert num_bytes <= self.used_bytes, (self.name, num_bytes, self.used_bytes)
+            self.used_bytes -= num_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that could still be reserved."""
+        return self.limit_bytes - self.used_bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"Budget({self.name!r}, used {self.used_bytes} of {self.limit_bytes} bytes)"
+        )
+
+
+class Transfer:
+    """A read or write that was started. It consists of one or more parts.
+
+        pending --last part ended, none failed--> done     wait() returns at once
+        pending --last part ended, some failed--> failed   wait() raises TierIOError, every time
+
+    `is_ready()` is False only while pending. Ready means that no thread touches the memory of the
+    transfer any more, whether it is done or failed. Waiting on a ready transfer takes no lock.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_error",
+        "_is_ready",
+        "_latch",
+        "_lock",
+        "_open_parts",
+        "_pid",
+    )
+
+    def __init__(self, num_parts: int = 1) -> None:
+        self._open_parts = num_parts
+        self._error: TierIOError | None = None
+        self._is_ready = num_parts == 0
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._latch = (
+            threading.Lock()
+        )  # held until the last part ends; waiters queue on it
+        if not self._is_ready:
+            self._latch.acquire()
+
+    def is_ready(self) -> bool:
+        """Whether it is done or failed, without waiting."""
+        return self._is_ready
+
+    def wait(self) -> None:
+        """Return when done. Raises TierIOError when it failed, each time it is called."""
+        if not self._is_ready:
+            if os.getpid() != self._pid:
+                raise ClosedCacheError(
+                    f"this transfer belongs to process {self._pid}, and its threads stayed there;"
+                    " make a new cache after fork()"
+                )
+            with self._latch:
+                pass
+        if self._error is not None:
+            # A fresh exception: one raised twice would grow its traceback and be shared by threads.
+            raise TierIOError(*self._error.args) from self._error.__cause__
+
+    def end_part(self, error: TierIOError | None = None) -> None:
+        """Record that one part ended, failed if `error` is given. For tiers; the first error wins."""
+        with self._lock:
+            assert self._open_parts > 0, "a transfer ended more often than it has parts"
+            self._error = self._error or error
+            self._open_parts -= 1
+            if self._open_parts:
+                return
+            self._is_ready = True
+        self._latch.release()
+
+    def __repr__(self) -> str:
+        state = "pending" if not self._is_ready else "failed" if self._error else "done"
+        return f"Transfer({state})"
+
+
+DONE = Transfer(num_parts=0)
+"""A finished transfer, shared by everything that has nothing to wait for."""
+
+
+class Tier(ABC):
+    """Slots of `block_bytes` each, within a budget. See the module for the verbs.
+
+    One thread at a time may call a tier; its own threads may work behind it. After `close()` every
+    verb but `close` raises ClosedCacheError.
+    """
+
+    name: ClassVar[str]
+    registry: ClassVar[dict[str, type["Tier"]]] = {}
+
+    block_bytes: int
+    budget: Budget
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is not None:
+            cls.name = name
+            Tier.registry[name] = cls
+
+    @abstractmethod
+    def allocate(self) -> int | None:
+        """A slot, lowest first; None, and nothing changed, when the budget has no room.
+
+        The content of the slot is undefined until it is written.
+        """
+
+    @abstractmethod
+    def free(self, slot: int) -> None:
+        """Give `slot` back; legal while its own transfers are under way, they end undisturbed.
+
+        Raises BlockStateError when the slot is not allocated (unknown, or freed before).
+        """
+
+    @abstractmethod
+    def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
+        """Load the block of each slot into `out`; one transfer for the batch.
+
+        out: per slot one contiguous uint8 `[block_bytes]`, undefined until the transfer is ready
+        (and after it failed). A read sees the last write begun before it, finished or not.
+        Raises BlockStateError for a slot that is not allocated or was never written, and
+        UnsupportedInputError for a tensor that does not fit, both before anything is read.
+        """
+
+    @abstractmethod
+    def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
+        """Store `data` into the slots; one transfer for the batch.
+
+        data: per slot one contiguous uint8 `[block_bytes]`, not to be changed until the transfer is
+        ready. Raises BlockStateError for a slot that is not allocated, comes twice, or has a
+        transfer under way, and UnsupportedInputError for a tensor that does not fit, both before
+        anything is written.
+        """
+
+    @property
+    @abstractmethod
+    def used_slots(self) -> int:
+        """Slots handed out and not freed."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots handed out and not freed."""
+        return self.used_slots * self.block_bytes
+
+    @property
+    @abstractmethod
+    def committed_bytes(self) -> int:
+        """Bytes this tier holds of its budget: freed slots stay committed and are reused first."""
+
+    @abstractmethod
+    def num_free(self) -> int:
+        """Slots that could still be allocated, committed or within the budget."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back memory, files, threads and budget. Idempotent."""
+
+
+def tier_class(name: str) -> type[Tier]:
+    """The tier registered as `name`. Raises ConfigError, listing the names, when there is none."""
+    if name not in Tier.registry:
+        raise ConfigError(
+            f"unknown tier {name!r}; known tiers: {', '.join(sorted(Tier.registry))}"
+        )
+    return Tier.registry[name]
+
+
+def check_block_bytes(block_bytes: int) -> None:
+    """Raise ConfigError unless `block_bytes` is a positive multiple of 4096."""
+    if block_bytes <= 0 or block_bytes % ALIGNMENT_BYTES:
+        raise ConfigError(
+            f"block_bytes is {block_bytes}; expected a positive multiple of {ALIGNMENT_BYTES}"
+        )
+
+
+def check_blocks(
+    slots: Sequence[int], blocks: Sequence[torch.Tensor], block_bytes: int
+) -> None:
+    """Raise UnsupportedInputError, with every reason, unless each block is uint8 `[block_bytes]`."""
+    if len(slots) != len(blocks):
+        raise UnsupportedInputError(f"got {len(slots)} slots but {len(blocks)} tensors")
+    reasons = [
+        f"slot {slot}: expected a contiguous uint8 tensor [{block_bytes}], got"
+        f" {str(block.dtype).removeprefix('torch.')} {list(block.shape)}"
+        f"{'' if block.is_contiguous() else ', not contiguous'}"
+        for slot, block in zip(slots, blocks, strict=True)
+        if block.dtype is not torch.uint8
+        or block.dim() != 1
+        or block.numel() != block_bytes
+        or not block.is_contiguous()
+    ]
+    if reasons:
+        raise UnsupportedInputError("; ".join(reasons))

@@ -1,0 +1,272 @@
+"""The tier on disk: one unnamed file, one record per slot, a checksum verified on every load.
+
+The checksums live in memory: the file outlives nothing, so nothing needs to be found in it again.
+"""
+
+import math
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from hf_tiered_cache.errors import (
+    ClosedCacheError,
+    ConfigError,
+    UnsupportedInputError,
+)
+from hf_tiered_cache.tiers.base import (
+    DONE,
+    Budget,
+    Tier,
+    Transfer,
+    check_block_bytes,
+    check_blocks,
+)
+from hf_tiered_cache.tiers.block_file import BlockFile
+from hf_tiered_cache.tiers.io_threads import IOThreads
+from hf_tiered_cache.tiers.record_jobs import ReadRecords, WriteRecords, reserve_records
+from hf_tiered_cache.tiers.records import RecordTable
+from hf_tiered_cache.tiers.slots import SlotPool
+
+IO_MODES = ("auto", "direct", "buffered")
+PIECE_BYTES = 1024 * 1024  # neighbouring records are read in one call up to this size
+STEP_BYTES = 64 * 1024 * 1024  # disk space is reserved this far ahead ...
+STEPS_PER_BUDGET = (
+    32  # ... but at most this part of the budget, which other files may share
+)
+
+
+class DiskTier(Tier, name="disk"):
+    """Blocks as records of an unnamed file, moved by a few threads.
+
+    Space is reserved (posix_fallocate) when a slot is first handed out, in steps ahead of use, so a
+    full disk is known at `allocate`, which then raises TierIOError and changes nothing, and not at
+    a later write. It is an error and not None because the remedy differs: there is budget left.
+
+    Read after write: a read of a slot whose write is under way waits for it, in the I/O thread. A
+    slot freed with transfers under way is handed out again only when they have ended; `allocate`
+    waits for that when no other slot is left. After a failed write the slot cannot be read (the
+    error says why); it may be written again, or freed.
+
+    io: how the bytes go. "direct" past the page cache (O_DIRECT), "buffered" through it, "auto" the
+    first `page_cache_bytes` of the file buffered and the rest direct. A record always goes the same
+    way. Where the file system takes no direct I/O, all is buffered, and a log line says so once.
+    Direct I/O from memory that is not 4 KiB aligned goes through a copy.
+    """
+
+    def __init__(
+        self,
+        block_bytes: int,
+        budget: Budget,
+        directory: str | os.PathLike[str],
+        *,
+        io: str = "auto",
+        num_threads: int = 4,
+        page_cache_bytes: int | None = None,
+    ) -> None:
+        """page_cache_bytes: default a quarter of the memory that is available now.
+
+        Raises ConfigError when the folder is missing, not writable, or has less free space than the
+        budget has left.
+        """
+        check_block_bytes(block_bytes)
+        if io not in IO_MODES:
+            raise ConfigError(
+                f"unknown io mode {io!r}; expected one of {', '.join(IO_MODES)}"
+            )
+        if num_threads < 1:
+            raise ConfigError(f"num_threads is {num_threads}; expected 1 or more")
+        self.block_bytes = block_bytes
+        self.budget = budget
+        self.directory = os.fspath(directory)
+        _check_directory(self.directory, budget)
+        self._file = file = BlockFile(self.directory, want_direct=io != "buffered")
+        if io == "buffered" or not file.has_direct:
+            self._first_direct_slot: float = math.inf
+        elif io == "direct":
+            self._first_direct_slot = 0
+        else:
+            if page_cache_bytes is None:
+                page_cache_bytes = available_memory_bytes() // 4
+            self._first_direct_slot = page_cache_bytes // block_bytes
+        step_bytes = min(STEP_BYTES, budget.limit_bytes // STEPS_PER_BUDGET)
+        pool = SlotPool(
+            block_bytes,
+            budget,
+            self.name,
+            step_slots=max(1, step_bytes // block_bytes),
+            commit=lambda start, stop: reserve_records(file, start, stop, block_bytes),
+        )
+        self._table = RecordTable(pool)
+        self._threads = IOThreads(num_threads, "hf_tiered_cache-disk")
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._pid, self._threads, self._table, file
+        )
+
+    def allocate(self) -> int | None:
+        """A slot; see `Tier.allocate`. Raises TierIOError when the disk is full."""
+        self._check_usable()
+        return self._table.allocate()
+
+    def free(self, slot: int) -> None:
+        """Give a slot back; its disk space stays for the next one."""
+        self._check_usable()
+        self._table.free(slot)
+
+    def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
+        """Load records; the transfer fails with TierIOError unless every byte is what was stored."""
+        self._check_usable()
+        self._check_memory(slots, out)
+        if not slots:
+            return DONE
+        self._threads.start()
+        self._table.begin_read(slots)
+        pieces = self._pieces(slots)
+        transfer = Transfer(len(pieces))
+        for start, stop in pieces:
+            self._threads.submit(
+                ReadRecords(
+                    self._file,
+                    self._table,
+                    transfer,
+                    slots[start:stop],
+                    out[start:stop],
+                    direct=slots[start] >= self._first_direct_slot,
+                )
+            )
+        return transfer
+
+    def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
+        """Store records. A failed transfer leaves those of its records readable that were stored."""
+        self._check_usable()
+        self._check_memory(slots, data)
+        if not slots:
+            return DONE
+        self._threads.start()
+        self._table.begin_write(slots)
+        pieces = self._pieces(slots)
+        transfer = Transfer(len(pieces))
+        for start, stop in pieces:
+            self._threads.submit(
+                WriteRecords(
+                    self._file,
+                    self._table,
+                    transfer,
+                    slots[start:stop],
+                    data[start:stop],
+                    direct=slots[start] >= self._first_direct_slot,
+                )
+            )
+        return transfer
+
+    @property
+    def used_slots(self) -> int:
+        """Slots handed out and not freed."""
+        return self._table.num_used
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes held of the budget, which are bytes reserved on disk."""
+        return self._table.committed_bytes
+
+    def num_free(self) -> int:
+        """Slots that could still be allocated."""
+        return self._table.num_free()
+
+    def close(self) -> None:
+        """Stop the threads, cancel what is queued (it fails with TierIOError), drop the file.
+
+        Idempotent. Also done when the tier is garbage collected, and at interpreter exit. In a
+        forked child only the child's descriptors are closed.
+        """
+        self._finalizer()
+
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise ClosedCacheError("the disk tier is closed; make a new cache")
+        if os.getpid() != self._pid:
+            raise ClosedCacheError(
+                f"the disk tier belongs to process {self._pid}, and its threads stayed there; make"
+                " a new cache after fork()"
+            )
+
+    def _check_memory(
+        self, slots: Sequence[int], blocks: Sequence[torch.Tensor]
+    ) -> None:
+        check_blocks(slots, blocks, self.block_bytes)
+        for slot, block in zip(slots, blocks, strict=True):
+            if block.device.type != "cpu":
+                raise UnsupportedInputError(
+                    f"slot {slot}: the disk moves cpu memory, got a tensor on {block.device}"
+                )
+
+    def _pieces(self, slots: Sequence[int]) -> list[tuple[int, int]]:
+        """Index ranges of `slots` that one system call can move: neighbours, up to PIECE_BYTES."""
+        max_slots = max(1, PIECE_BYTES // self.block_bytes)
+        pieces: list[tuple[int, int]] = []
+        start = 0
+        for index in range(1, len(slots) + 1):
+            if (
+                index == len(slots)
+                or slots[index] != slots[index - 1] + 1
+                or slots[index] == self._first_direct_slot
+                or index - start == max_slots
+            ):
+                pieces.append((start, index))
+                start = index
+        return pieces
+
+
+def available_memory_bytes() -> int:
+    """Memory that could be used without swapping, as the kernel or the container's limit says."""
+    available = sys.maxsize
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    available = int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as text:
+            limit = text.read().strip()
+        return available if limit == "max" else min(available, int(limit))
+    except OSError:
+        return available
+
+
+def _check_directory(directory: str, budget: Budget) -> None:
+    """Raise ConfigError unless the folder exists, is writable and has room for the budget."""
+    if not os.path.isdir(directory):
+        raise ConfigError(
+            f"disk_dir {directory!r} is not a folder; make it or choose another"
+        )
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"disk_dir {directory!r} is not writable; choose another folder"
+        )
+    space = os.statvfs(directory)
+    free_bytes = space.f_bavail * space.f_frsize
+    if budget.free_bytes > free_bytes:
+        raise ConfigError(
+            f"disk_dir {directory!r} has {free_bytes} bytes free but {budget.free_bytes} were asked"
+            " for; lower disk_bytes, free space, or choose another folder with disk_dir"
+        )
+
+
+def _shut_down(
+    pid: int, threads: IOThreads, table: RecordTable, file: BlockFile
+) -> None:
+    """Close everything of a tier. Must not refer to the tier: its finalizer holds this."""
+    if os.getpid() != pid:
+        file.close_after_fork()
+        return
+    try:
+        table.stop_waiting()
+        threads.close()
+    finally:  # also when Ctrl-C interrupts the joining
+        file.close()
+        table.close()

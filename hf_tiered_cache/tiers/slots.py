@@ -1,0 +1,119 @@
+"""Which slots are taken: lowest first, within a budget. Knows no bytes but their number."""
+
+import heapq
+import threading
+from collections.abc import Callable, Iterable
+
+from hf_tiered_cache.errors import BlockStateError, TierIOError
+from hf_tiered_cache.tiers.base import Budget
+
+
+class SlotPool:
+    """Hands out slots `[0, committed)` lowest first, and commits more of them as the budget allows.
+
+    A slot is committed once, on its first use: its bytes are reserved in the budget, then
+    `commit(start, stop)` may get the room for them. Freed slots stay committed. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        block_bytes: int,
+        budget: Budget,
+        tier_name: str,
+        *,
+        step_slots: int = 1,
+        max_slots: int | None = None,
+        commit: Callable[[int, int], None] = lambda start, stop: None,
+    ) -> None:
+        """step_slots: how many slots to commit at a time, fewer where the budget ends.
+
+        commit: gets the room of the slots `[start, stop)`, or raises TierIOError and changes
+        nothing.
+        """
+        self._block_bytes = block_bytes
+        self._budget = budget
+        self._tier_name = tier_name
+        self._step_slots = step_slots
+        self._max_slots = (
+            budget.limit_bytes // block_bytes if max_slots is None else max_slots
+        )
+        self._commit = commit
+        self._num_committed = 0
+        self._free: list[int] = []  # a heap
+        self._used: set[int] = set()
+        # Reentrant: garbage collection in here may finalize the tier and close this pool.
+        self._lock = threading.RLock()
+
+    @property
+    def num_used(self) -> int:
+        """Slots handed out."""
+        return len(self._used)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes held of the budget."""
+        return self._num_committed * self._block_bytes
+
+    def num_free(self) -> int:
+        """Slots that could still be handed out."""
+        with self._lock:
+            room = min(
+                self._max_slots - self._num_committed,
+                self._budget.free_bytes // self._block_bytes,
+            )
+            return len(self._free) + room
+
+    def allocate(self) -> int | None:
+        """The lowest free slot; None when the budget is spent. What `commit` raises goes through."""
+        with self._lock:
+            if not self._free and not self._grow():
+                return None
+            slot = heapq.heappop(self._free)
+            self._used.add(slot)
+            return slot
+
+    def free(self, slot: int) -> None:
+        """Take `slot` back. Raises BlockStateError when it was not handed out."""
+        with self._lock:
+            self.check([slot])
+            self._used.remove(slot)
+            heapq.heappush(self._free, slot)
+
+    def check(self, slots: Iterable[int]) -> None:
+        """Raise BlockStateError unless every slot is handed out."""
+        for slot in slots:
+            if slot not in self._used:
+                known = "was freed" if slot in self._free else "was never allocated"
+                raise BlockStateError(
+                    f"tier {self._tier_name!r}: slot {slot} {known}; a bug of this package, please"
+                    " report it"
+                )
+
+    def close(self) -> None:
+        """Release everything this pool holds of the budget. Idempotent."""
+        with self._lock:
+            self._budget.release(self.committed_bytes)
+            self._num_committed = self._max_slots = 0
+            self._free.clear()
+            self._used.clear()
+
+    def _grow(self) -> bool:
+        """Commit a step of slots, or one where a step does not fit; whether any was committed."""
+        start = self._num_committed
+        step = min(self._step_slots, self._max_slots - start)
+        for num_slots in dict.fromkeys((step, min(step, 1))):
+            num_bytes = num_slots * self._block_bytes
+            if num_slots == 0 or not self._budget.reserve(num_bytes):
+                continue
+            try:
+                self._commit(start, start + num_slots)
+            except BaseException as error:
+                self._budget.release(num_bytes)
+                if isinstance(error, TierIOError) and num_slots > 1:
+                    continue  # less room than a step may still be room for one
+                raise
+            self._num_committed += num_slots
+            for slot in range(start, start + num_slots):
+                heapq.heappush(self._free, slot)
+            return True
+        return False

@@ -1,0 +1,119 @@
+"""Continue a long document through a cache that keeps a quarter of its bytes on the device.
+
+    python examples/long_document.py
+    python examples/long_document.py --model Qwen/Qwen2.5-0.5B --prompt book.txt --device-bytes 64MiB
+
+Without arguments it runs offline: the byte-level model that comes with the project continues a
+source file of Python's standard library that it has not seen. The same prompt then goes through
+transformers' DynamicCache, and the two token sequences are compared.
+"""
+
+import argparse
+import sysconfig
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers.utils import logging
+
+from hf_tiered_cache import TieredCache
+from hf_tiered_cache.progress import Timing, generation_progress
+
+TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"
+HELD_OUT_FILE = "argparse.py"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+    model.set_attn_implementation("tiered")  # no query-by-key mask, however long the prompt
+    text = Path(arguments.prompt).read_text(errors="replace")
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    prompt = inputs.input_ids[:, : arguments.prompt_tokens]
+
+    cache_bytes = kv_bytes(model, prompt.shape[1] + arguments.new_tokens)
+    with TieredCache(
+        config=model.config,
+        device_bytes=arguments.device_bytes or cache_bytes // 4,
+        disk_dir=arguments.disk_dir,
+    ) as cache:
+        print(
+            f"{arguments.model}: {prompt.shape[1]:,} prompt tokens, a cache of "
+            f"{cache_bytes / 2**20:.1f} MiB"
+        )
+        tiered, tiered_time = generate(model, prompt, cache, arguments, "TieredCache ")
+        report = str(cache)
+    print(f"\n--- the prompt's last words, then the continuation\n{tokenizer.decode(prompt[0, -160:])}")
+    print(f">>> {tokenizer.decode(tiered[0, prompt.shape[1] :])}\n---\n{report}")
+    print(speed("TieredCache", tiered_time))
+    if arguments.compare:
+        model.set_attn_implementation("sdpa")
+        cache = DynamicCache(config=model.config)
+        dynamic, dynamic_time = generate(model, prompt, cache, arguments, "DynamicCache ")
+        print(speed("DynamicCache", dynamic_time))
+        same = torch.equal(tiered, dynamic)
+        print(f"the {arguments.new_tokens} new tokens are {'identical' if same else 'DIFFERENT'}")
+
+
+def generate(
+    model: torch.nn.Module,
+    prompt: torch.Tensor,
+    cache: Cache,
+    arguments: argparse.Namespace,
+    label: str,
+) -> tuple[torch.Tensor, Timing]:
+    """Greedy continuation `[1, prompt + new tokens]`, and how long its two halves took."""
+    with generation_progress(model, prompt.shape[1], arguments.new_tokens, label) as timing:
+        sequences = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            prefill_chunk_size=arguments.chunk,
+            max_new_tokens=arguments.new_tokens,
+            min_new_tokens=arguments.new_tokens,
+            do_sample=False,
+        )
+    return sequences, timing
+
+
+def kv_bytes(model: torch.nn.Module, num_tokens: int) -> int:
+    """Bytes of keys and values of one sequence, all layers counted as full attention."""
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize * num_tokens
+
+
+def speed(name: str, timing: Timing) -> str:
+    return (
+        f"{name:>12}: prefill {timing.prefill_rate:8.1f} tokens/s, "
+        f"decode {timing.decode_rate:6.1f} tokens/s"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(TINY_LM), help="hub name or folder")
+    parser.add_argument(
+        "--prompt",
+        default=str(Path(sysconfig.get_path("stdlib")) / HELD_OUT_FILE),
+        help="text file to continue",
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=16384, help="use this many at most")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens per forward")
+    parser.add_argument("--device-bytes", help='default: a quarter of the cache; e.g. "64MiB"')
+    parser.add_argument("--disk-dir", help="folder of the disk tier")
+    parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16", "float16"')
+    parser.add_argument(
+        "--no-compare", dest="compare", action="store_false", help="skip the DynamicCache run"
+    )
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    return arguments
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,76 @@
+"""A progress bar over the prompt's tokens, then over the new ones, of a plain `generate`.
+
+`generate` has no hook for either, but every forward of the model does: the bars count the tokens
+that pass through it. They obey transformers' own switch for progress bars.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+
+@dataclass
+class Timing:
+    """What the bars saw; seconds. Prefill ends when the last prompt token has been computed."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second, the first one (which the prefill gives) left out."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@contextmanager
+def generation_progress(
+    model: torch.nn.Module, prompt_tokens: int, new_tokens: int, label: str = ""
+) -> Iterator[Timing]:
+    """Show bars for one `model.generate(...)` inside, and time it.
+
+    prompt_tokens: tokens the prefill still has to compute; new_tokens: the most that will follow.
+    """
+    timing = Timing()
+    is_off = not logging.is_progress_bar_enabled()
+    bars = [
+        tqdm(total=total, desc=f"{label}{name}", unit="token", disable=is_off, leave=False)
+        for name, total in (("prefill", prompt_tokens), ("decode", max(0, new_tokens - 1)))
+    ]
+    start = perf_counter()
+
+    def count(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal start
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        if inputs is None:
+            inputs = kwargs["inputs_embeds"]
+        tokens, now = inputs.shape[1], perf_counter()
+        if timing.prefill_tokens < prompt_tokens:
+            timing.prefill_tokens += tokens
+            timing.prefill_seconds += now - start
+            bars[0].update(tokens)
+        else:
+            timing.decode_tokens += tokens
+            timing.decode_seconds += now - start
+            bars[1].update(tokens)
+        start = now
+
+    hook = model.register_forward_hook(count, with_kwargs=True)
+    try:
+        yield timing
+    finally:
+        hook.remove()
+        for bar in bars:
+            bar.close()

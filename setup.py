@@ -8,8 +8,11 @@ installed without the core and runs on plain torch, slower.
 Room for later: CUDA kernels join as prebuilt objects behind the same C ABI (csrc/cuda).
 """
 
+import os
 import platform
+import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,11 +26,13 @@ except ImportError:  # `python setup.py` outside an isolated build
 COMMON_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",
     "-fvisibility=hidden",
     "-ffp-contract=fast",  # a * b + c is one instruction where there is one
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wall",
+    "-Wno-maybe-uninitialized",  # GCC 12 says it of its own intrinsics
     "-Wno-psabi",  # vector types are passed inside one translation unit only
     "-pthread",
 ]
@@ -55,13 +60,13 @@ SOURCES = [
 class BuildCore(build_ext):
     """Compile every unit with the flags of its instruction set; survive a missing compiler."""
 
-    def run(self) -> None:
+    def build_extension(self, ext: Extension) -> None:
         try:
-            super().run()
-        except Exception as error:
+            self.build_units(ext)
+        except Exception as error:  # the extension is optional: whatever happened, install without
             self.say_missing(error)
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_units(self, ext: Extension) -> None:
         if pybind11 is None:
             raise RuntimeError("pybind11 is missing (pip install pybind11)")
         units = {name: flags for name, flags in X86_UNITS.items() if self.can_build(flags)}
@@ -69,17 +74,21 @@ class BuildCore(build_ext):
         ext.sources = [*SOURCES, *(f"csrc/cpu/isa_{name}.cpp" for name in units)]
         ext.define_macros = [(f"HTC_HAVE_{name.upper()}", "1") for name in units]
         flags_of = {f"isa_{name}": flags for name, flags in units.items()}
-        plain_compile = self.compiler._compile
+        plain_compile = self.compiler.compile
 
-        def compile_unit(obj, src, ext_name, cc_args, extra_postargs, pp_opts):
-            flags = [*extra_postargs, *flags_of.get(Path(src).stem, [])]
-            plain_compile(obj, src, ext_name, cc_args, flags, pp_opts)
+        def compile_units(sources, extra_postargs=None, **options):
+            def compile_unit(source: str) -> list[str]:
+                flags = [*(extra_postargs or []), *flags_of.get(Path(source).stem, [])]
+                return plain_compile([source], extra_postargs=flags, **options)
 
-        self.compiler._compile = compile_unit
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [unit for units in pool.map(compile_unit, sources) for unit in units]
+
+        self.compiler.compile = compile_units
         try:
             super().build_extension(ext)
         finally:
-            self.compiler._compile = plain_compile
+            self.compiler.compile = plain_compile
 
     def can_build(self, flags: list[str]) -> bool:
         """Whether this is an x86-64 whose compiler knows the flags."""
@@ -95,11 +104,11 @@ class BuildCore(build_ext):
         return True
 
     def say_missing(self, error: Exception) -> None:
-        self.announce(
+        print(
             "\nhf_tiered_cache: the compiled core was NOT built; the package will run on plain "
-            f"torch, which is slower.\n  reason: {error}\n  needed: a C++17 compiler (GCC or Clang) "
-            "and pybind11; then install again.\n",
-            level=4,
+            f"torch, which is slower.\n  reason: {error}\n  needed: pybind11 and a C++17 compiler "
+            "(GCC or Clang); then install again.\n",
+            file=sys.stderr,
         )
 
 

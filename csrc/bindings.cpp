@@ -62,8 +62,9 @@ AttentionParams attention_params(int dtype, int64_t query, const py::tuple& quer
                                  int64_t num_slots, const py::tuple& layout, int64_t table,
                                  int64_t table_stride, int64_t num_columns, int64_t kv_tokens,
                                  int64_t first_token, int64_t query_start, bool causal,
-                                 float scale, int64_t starts, const py::object& mask,
-                                 const py::object& state, const py::object& out, int num_threads) {
+                                 float scale, float softcap, int64_t starts,
+                                 const py::object& mask, const py::object& state,
+                                 const py::object& out, int num_threads) {
   AttentionParams p = {};
   p.dtype = static_cast<DType>(dtype);
   p.num_threads = num_threads;
@@ -90,6 +91,8 @@ AttentionParams attention_params(int dtype, int64_t query, const py::tuple& quer
   p.query_start = query_start;
   p.causal = causal;
   p.scale = scale;
+  p.softcap = softcap;
+  p.prefetch_bytes = hf_tiered_cache::prefetch_distance();
   p.starts = pointer<const int32_t>(starts);
   if (!mask.is_none()) {
     const auto numbers = integers<5>(py::reinterpret_borrow<py::tuple>(mask));
@@ -99,6 +102,26 @@ AttentionParams attention_params(int dtype, int64_t query, const py::tuple& quer
   p.state = state_rows(state);
   p.output = output_rows(out);
   return p;
+}
+
+// A Python function of the arguments of `attention_params`; runs without the interpreter lock.
+template <class Run>
+auto with_params(Run run) {
+  return [run](int kernel, int dtype, int64_t query, const py::tuple& query_shape,
+               const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes,
+               int64_t num_slots, const py::tuple& layout, int64_t table, int64_t table_stride,
+               int64_t num_columns, int64_t kv_tokens, int64_t first_token, int64_t query_start,
+               bool causal, float scale, float softcap, int64_t starts, const py::object& mask,
+               const py::object& state, const py::object& out, int num_threads) {
+    const AttentionParams p = attention_params(
+        dtype, query, query_shape, query_stride, blocks, slot_bytes, num_slots, layout, table,
+        table_stride, num_columns, kv_tokens, first_token, query_start, causal, scale, softcap,
+        starts, mask, state, out, num_threads);
+    const Kernels& chosen = kernels_numbered(kernel);
+    py::gil_scoped_release unlocked;
+    hf_tiered_cache::check_slots(p);
+    return run(chosen, p);
+  };
 }
 
 py::list kernels() {
@@ -118,46 +141,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernels,
         "[(name, reason)] of every known kernel, the preferred first; reason '' if it runs here.");
 
-  m.def(
-      "attend",
-      [](int kernel, int dtype, int64_t query, const py::tuple& query_shape,
-         const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes, int64_t num_slots,
-         const py::tuple& layout, int64_t table, int64_t table_stride, int64_t num_columns,
-         int64_t kv_tokens, int64_t first_token, int64_t query_start, bool causal, float scale,
-         int64_t starts, const py::object& mask, const py::object& state, const py::object& out,
-         int num_threads) {
-        const AttentionParams p =
-            attention_params(dtype, query, query_shape, query_stride, blocks, slot_bytes,
-                             num_slots, layout, table, table_stride, num_columns, kv_tokens,
-                             first_token, query_start, causal, scale, starts, mask, state, out,
-                             num_threads);
-        const Kernels& chosen = kernels_numbered(kernel);
-        py::gil_scoped_release unlocked;
-        hf_tiered_cache::check_slots(p);
-        chosen.attend(p);
-      },
-      "Attend the blocks of a table into `state` (acc, max, sum) or into `out` (address, 4 strides, "
-      "lse, sinks). Raises ValueError for a slot outside the slab, before anything is written.");
+  m.def("attend", with_params([](const Kernels& chosen, const AttentionParams& p) {
+          chosen.attend(p);
+        }),
+        "Attend the blocks of a table into `state` (acc, max, sum) or into `out` (address, 4 "
+        "strides, lse, sinks). Raises ValueError for a slot outside the slab, before anything is "
+        "written.");
 
-  m.def(
-      "read_probe",
-      [](int kernel, int dtype, int64_t query, const py::tuple& query_shape,
-         const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes, int64_t num_slots,
-         const py::tuple& layout, int64_t table, int64_t table_stride, int64_t num_columns,
-         int64_t kv_tokens, int64_t first_token, int64_t query_start, bool causal, float scale,
-         int64_t starts, const py::object& mask, const py::object& state, const py::object& out,
-         int num_threads) {
-        const AttentionParams p =
-            attention_params(dtype, query, query_shape, query_stride, blocks, slot_bytes,
-                             num_slots, layout, table, table_stride, num_columns, kv_tokens,
-                             first_token, query_start, causal, scale, starts, mask, state, out,
-                             num_threads);
-        const Kernels& chosen = kernels_numbered(kernel);
-        py::gil_scoped_release unlocked;
-        hf_tiered_cache::check_slots(p);
-        return chosen.read_probe(p);
-      },
-      "Read the same planes as `attend` and do nothing with them (for benchmarks).");
+  m.def("read_probe", with_params([](const Kernels& chosen, const AttentionParams& p) {
+          return chosen.read_probe(p);
+        }),
+        "Read the planes that `attend` would read and do nothing with them (for benchmarks).");
 
   m.def(
       "finish",

@@ -36,6 +36,91 @@ HTC_INLINE VecF Exp(VecF x) {
 
 HTC_INLINE float Exp(float x) { return Exp(Broadcast(x))[0]; }
 
+// cap * tanh(score / cap), within a few ulp: a series where 1 - exp would cancel.
+HTC_INLINE VecF SoftCap(VecF score, float cap) {
+  const VecF x = score / cap;
+  const VecF magnitude = (VecF)((VecU)x & 0x7fffffffu);
+  const VecF decay = Exp(-2.0f * magnitude);
+  const VecF direct = (1.0f - decay) / (1.0f + decay);
+  const VecF square = x * x;
+  VecF series = square * (-1382.0f / 155925) + (62.0f / 2835);  // Taylor, for |x| < 0.35
+  series = series * square + (-17.0f / 315);
+  series = series * square + (2.0f / 15);
+  series = series * square + (-1.0f / 3);
+  series = series * square * magnitude + magnitude;
+  const VecF tanh = magnitude < 0.35f ? series : direct;
+  return (VecF)((VecU)tanh | ((VecU)x & 0x80000000u)) * cap;
+}
+
+// -1 in the lanes whose token (mask[0], mask[stride], ..) may be attended, for `count` tokens.
+HTC_INLINE VecI MaskLanes(const uint8_t* mask, int64_t stride, int64_t count) {
+  uint8_t bytes[kLanes] = {};
+  const int64_t n = count < kLanes ? count : kLanes;
+  if (stride == 1) {
+    if (n == kLanes) {
+      __builtin_memcpy(bytes, mask, kLanes);
+    } else {
+      for (int64_t i = 0; i < n; ++i) bytes[i] = mask[i];
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) bytes[i] = mask[i * stride];
+  }
+  return __builtin_convertvector(Load<QuarterVecU>(bytes), VecI) != 0;
+}
+
+// What makes a product of query and key the score of a token that one row may attend.
+struct ScoreRule {
+  float scale;
+  float softcap;        // 0: none
+  int64_t end;          // tokens from here on may not be attended
+  const uint8_t* mask;  // of the row's tokens, or null
+  int64_t mask_stride;
+};
+
+// Turn `count` products into scores, -inf where not attended; return the largest.
+HTC_INLINE float MakeScores(float* scores, int64_t count, const ScoreRule& rule) {
+  VecF most = Broadcast(kMinusInfinity);
+  const VecI lanes = LaneNumbers();
+  for (int64_t t = 0; t < count; t += kLanes) {
+    VecF score = Load<VecF>(scores + t) * rule.scale;
+    if (rule.softcap != 0.0f) score = SoftCap(score, rule.softcap);
+    if (t + kLanes > rule.end) {
+      score = lanes < static_cast<int32_t>(rule.end - t) ? score : Broadcast(kMinusInfinity);
+    }
+    if (rule.mask != nullptr) {
+      const VecI attended =
+          MaskLanes(rule.mask + t * rule.mask_stride, rule.mask_stride, count - t);
+      score = attended ? score : Broadcast(kMinusInfinity);
+    }
+    Store(scores + t, score);
+    most = Max(most, score);
+  }
+  return MaxLanes(most);
+}
+
+// Turn `count` scores into weights exp(score - max); return their sum. Where pairs of bfloat16 are
+// multiplied, the weights are rounded, written as 16-bit words over the scores, and summed as
+// rounded, so that numerator and denominator use the same weights.
+template <DType kType>
+HTC_INLINE float MakeWeights(float* scores, int64_t count, float max) {
+  const float base = max == kMinusInfinity ? 0.0f : max;
+  VecF sum = {};
+  auto* words = reinterpret_cast<uint16_t*>(scores);
+  for (int64_t t = 0; t < count; t += kLanes) {
+    const VecF weight = Exp(Load<VecF>(scores + t) - base);
+    if constexpr (kUsesDot<kType>) {
+      const VecU rounded = RoundToBFloat16(weight);
+      sum += (VecF)rounded;
+      const VecU low = rounded >> 16;
+      Store(words + t, __builtin_convertvector(low, HalfVecU));
+    } else {
+      sum += weight;
+      Store(scores + t, weight);
+    }
+  }
+  return SumLanes(sum);
+}
+
 // acc * keep + add * weight over `count` floats (rounded up to whole vectors). Its own function,
 // so that it is compiled, and rounds, in one way.
 __attribute__((noinline)) void JoinRow(float* acc, const float* add, float keep, float weight,

@@ -68,8 +68,8 @@ def print_checksum_rate() -> None:
         now = time.perf_counter()
         longest_pause, last = max(longest_pause, now - last), now
     print(
-        f"xxh3_128 of 512 MiB in a thread: {len(data) / took[0] / 1e9:.1f} GB/s, {took[0] * 1e3:.0f}"
-        f" ms; the main thread was kept waiting {longest_pause * 1e3:.1f} ms at most\n"
+        f"xxh3_128 of 512 MiB in a thread: {len(data) / took[0] / 1e9:.1f} GB/s,"
+        f" {took[0] * 1e3:.0f} ms; the main thread waited {longest_pause * 1e3:.1f} ms at most\n"
     )
 
 
@@ -102,7 +102,9 @@ def bench(args: argparse.Namespace, record_bytes: int, io: str, num_threads: int
         for _ in range(args.rounds):
             order = random.sample(slots, args.sample_mib * MIB // record_bytes)
             num_bytes = len(order) * record_bytes
-            bare_seconds = timed(read_bare, fd, order, staging, record_bytes, num_threads, main_does)
+            bare_seconds = timed(
+                read_bare, fd, order, staging, record_bytes, num_threads, main_does
+            )
             cpu_before = time.process_time()
             tier_seconds = timed(read_tier, tier, order, staging, args.batch, main_does)
             cpu.append((time.process_time() - cpu_before) / (num_bytes / 1e9))

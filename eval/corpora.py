@@ -2,7 +2,7 @@
 
 No data set is downloaded. The running Python brings about 25 MB of source text, split here into
 training and held-out files by a hash of their path. Recall documents are synthetic: facts
-(`key: value` lines, drawn at random) buried in filler, one of them asked for again far later; the
+(`key=value` lines, drawn at random) buried in filler, one of them asked for again far later; the
 answer is in no model's weights, only in the context. Knows no model, no tensor and no cache.
 """
 
@@ -13,13 +13,13 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tables and generated text: predictable to the byte or not at all, so they teach and measure nothing.
+# Tables and generated text: known to the byte or not at all, so they neither teach nor measure.
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "__pycache__", "encodings", "pydoc_data", "data", "encoded_modules"}
 )
 # One file in so many is held out.
 HELD_OUT_MODULUS = 16
-KEY_LETTERS = 6
+KEY_LETTERS = 4
 VALUE_DIGITS = 6
 
 
@@ -29,7 +29,7 @@ class RecallDocument:
 
     # facts and filler; ends with a newline
     text: str
-    # to be appended to the text; ends with "key: "
+    # to be appended to the text; ends with "key="
     question: str
     # what must follow the question, without the closing newline
     answer: str
@@ -61,7 +61,7 @@ def held_out_files(min_bytes: int = 16 * 1024) -> list[Path]:
 
 def fact_line(key: str, value: str) -> str:
     """Return the line that states a fact; up to the value, it is also the question."""
-    return f"{key}: {value}\n"
+    return f"{key}={value}\n"
 
 
 def random_fact(rng: random.Random) -> tuple[str, str]:
@@ -104,7 +104,7 @@ def recall_document(
             after += fact_line(*random_fact(rng))
     return RecallDocument(
         text=before + after,
-        question=f"{asked_key}: ",
+        question=f"{asked_key}=",
         answer=asked_value,
         distance_bytes=len(after.encode()),
     )

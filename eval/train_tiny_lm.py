@@ -6,7 +6,7 @@
 A cache that loses tokens is only noticed by a model that reads them. Random weights do not, and
 downloads are not always at hand; so this one is trained on a CPU from the Python standard library
 (long files) and from synthetic documents whose answers stand far back. The context grows while it
-trains, 512 to 16K. Knows nothing of the tiered cache: the tables are measured with `DynamicCache`.
+trains, 256 to 16K. Knows nothing of the tiered cache: the tables are measured with `DynamicCache`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import math
 import random
 import statistics
-import string
 import sys
 import tempfile
 import time
@@ -26,15 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from corpora import (
-    fact_line,
-    held_out_files,
-    random_fact,
-    random_lines,
-    read_files,
-    recall_document,
-    train_files,
-)
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -46,20 +36,43 @@ from transformers import (
     PreTrainedModel,
 )
 
+from corpora import (
+    fact_line,
+    held_out_files,
+    random_fact,
+    random_lines,
+    read_files,
+    recall_document,
+    train_files,
+)
+
 MODEL_FOLDER = Path(__file__).parent / "tiny_lm"
 CHECKPOINT = Path(tempfile.gettempdir()) / "tiny_lm_checkpoint.pt"
 CHECKPOINT_EVERY_SECONDS = 180
+
+# Large, so that a third of each head's dimensions hardly turns within 16K tokens: content found at
+# short distances is then found at long ones.
+ROPE_THETA = 10_000_000.0
+# How the first two layers start, see `_start_looking_back`. The residual stream's dimensions: 0 is
+# shared by all tokens, CONTENT says which token it is, and from COPIES on there are as many
+# dimensions for what stood 1, 2, 3 and 4 tokens back.
+CONTENT_DIMENSIONS, CONTENT, COPIES = 48, 1, 64
+EMBEDDING_DEVIATION, SHARED_VALUE, COPY_WEIGHT = 0.05, 0.4, 0.15
+LOOK_BACK_PAIRS, LOOK_BACK_WEIGHT = 8, 0.9
+# Rotary pairs from here on hardly turn; matching uses these only.
+FIRST_SLOW_PAIR, MATCH_WEIGHT = 16, 1.7
 
 # ByT5's ids: pad, end and unknown come first, then the 256 bytes.
 BYTE_OFFSET = 3
 # (context in tokens, sequences per step, share of the minutes). Short contexts first: a token costs
 # three times less at 1K than at 8K, and what a head learns to match at 1K it keeps at 8K.
 CURRICULUM = (
-    (512, 16, 0.25),
-    (1024, 8, 0.27),
-    (2048, 4, 0.16),
-    (4096, 4, 0.12),
-    (8192, 2, 0.14),
+    (256, 16, 0.15),
+    (512, 8, 0.18),
+    (1024, 4, 0.20),
+    (2048, 4, 0.15),
+    (4096, 2, 0.12),
+    (8192, 1, 0.14),
     (16384, 1, 0.06),
 )
 # Muon for the matrices of the layers, AdamW for the embedding and the norms.
@@ -71,18 +84,22 @@ DECAY_FROM = 0.5
 FINAL_LEARNING_RATE = 0.02
 
 # What a byte counts in the loss: random bytes that nothing foretells would only be noise, answers
-# are few and what this model is for.
-NOISE, TEXT, ANSWER = 0.0, 1.0, 2.0
+# are few and what this model is for. The values also tell the kinds apart.
+NOISE, TEXT, COPY, ANSWER = 0.0, 1.0, 1.5, 2.0
 
 BUCKETS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, 16384))
-HIDDEN_CONTEXTS = (4096, 8192, 12288)
+HIDDEN_CONTEXTS = (4096, 8192)
 HIDDEN_CONTINUATION_TOKENS = 1024
 RECALL_DISTANCES = (512, 1024, 2048, 4096, 8192, 16000)
-RECALL_DOCUMENTS = 32
 
 
 def new_model() -> LlamaForCausalLM:
-    """Return an untrained model: 2.85M parameters, 11.4 MB in float32, 4 heads on 2 kv heads."""
+    """Return an untrained model: 2.85M parameters, 11.4 MB in float32, 4 heads on 2 kv heads.
+
+    Random but for the attention of the first two layers, which starts able to find the place where
+    the last bytes stood before (see `_start_looking_back`). From random weights a model of this
+    size stays on a plateau, knowing text but no copying, for longer than a CPU's hour.
+    """
     config = LlamaConfig(
         vocab_size=384,
         hidden_size=256,
@@ -92,20 +109,23 @@ def new_model() -> LlamaForCausalLM:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        _start_looking_back(model)
+    return model
 
 
 class TrainingText:
     """Batches of token ids and loss weights, the same for the same seed, step and context.
 
-    Half of the sequences are windows of the files, joined in path order so that neighbours belong
-    together; the rest ask for something that stands further back: facts, or a repeated passage.
+    A third of the sequences are windows of the files, joined in path order so that neighbours
+    belong together; the rest need something that stands further back: facts or a whole passage.
     """
 
     def __init__(self, seed: int) -> None:
@@ -120,7 +140,7 @@ class TrainingText:
         rng = random.Random(f"{self._seed}-{step}")
         makers = rng.choices(
             (self._file_window, self._recall_pieces, self._repeat_pieces),
-            weights=(0.5, 0.35, 0.15),
+            weights=(0.35, 0.4, 0.25),
             k=num_sequences,
         )
         sequences = [maker(rng, context_tokens) for maker in makers]
@@ -134,38 +154,46 @@ class TrainingText:
         return window, np.full(num_bytes, TEXT, dtype=np.float32)
 
     def _recall_pieces(self, rng: random.Random, num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-        # From nearly bare lists of facts to a few facts in a file.
-        filler_share = rng.uniform(0.05, 0.7)
-        pieces: list[tuple[str, float]] = []
+        # From bare lists of facts to a few facts in a file.
+        filler_share = rng.uniform(0.0, 0.5)
+        pieces: list[tuple[bytes, float]] = []
         facts: list[tuple[str, str]] = []
         length = 0
         while length < num_bytes:
             is_question = len(facts) > 1 and rng.random() < 0.5
             if rng.random() < filler_share:
-                new_pieces = [(random_lines(rng, self._text, rng.randint(10, 200)), TEXT)]
+                filler = random_lines(rng, self._text, rng.randint(5, 80))
+                pieces.append((filler.encode(), TEXT))
             else:
                 if not is_question:
                     facts.append(random_fact(rng))
                 key, value = rng.choice(facts) if is_question else facts[-1]
                 line = fact_line(key, value)
-                rest = line[len(key) : line.index(value)]
+                between = line[len(key) : line.index(value)]
                 value_weight = ANSWER if is_question else NOISE
-                new_pieces = [(key, NOISE), (rest, TEXT), (value, value_weight), ("\n", TEXT)]
-            pieces += new_pieces
-            length += sum(len(text) for text, _ in new_pieces)
+                pieces += [(key.encode(), NOISE), (between.encode(), TEXT)]
+                pieces += [(value.encode(), value_weight), (b"\n", TEXT)]
+            length = sum(len(piece) for piece, _ in pieces)
         return _join(pieces, num_bytes)
 
     def _repeat_pieces(self, rng: random.Random, num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-        passage_bytes = rng.randint(32, num_bytes // 4)
-        if rng.random() < 0.5:
-            passage, weight = random_lines(rng, self._text, passage_bytes), TEXT
+        passage_bytes = rng.randint(num_bytes // 16, num_bytes // 2)
+        if rng.random() < 0.3:
+            passage, weight = random_lines(rng, self._text, passage_bytes).encode(), TEXT
         else:
-            letters = string.ascii_letters + "     \n"
-            passage, weight = "".join(rng.choices(letters, k=passage_bytes)), NOISE
-        # The second copy's first bytes cannot be known either: too few to matter.
-        gap = random_lines(rng, self._text, rng.randint(0, num_bytes // 2))
-        tail = random_lines(rng, self._text, num_bytes)
-        return _join([(passage, weight), (gap, TEXT), (passage, ANSWER), (tail, TEXT)], num_bytes)
+            # Out of many symbols the last one alone says where to go on: the first thing a model
+            # learns to copy. Out of few it takes the last several, as in text.
+            symbols = rng.sample(range(32, 127), k=rng.randint(16, 95))
+            passage, weight = bytes(rng.choices(symbols, k=passage_bytes)), NOISE
+        pieces: list[tuple[bytes, float]] = [(passage, weight)]
+        length = len(passage)
+        while length < num_bytes:
+            gap_bytes = rng.choice((0, rng.randint(1, num_bytes // 2)))
+            gap = random_lines(rng, self._text, gap_bytes).encode() if gap_bytes else b""
+            # A copy's first bytes cannot be known either: too few to matter.
+            pieces += [(gap, TEXT), (passage, COPY)]
+            length += len(gap) + len(passage)
+        return _join(pieces, num_bytes)
 
 
 def train(minutes: float, seed: int, checkpoint_path: Path, folder: Path, resume: bool) -> None:
@@ -177,6 +205,9 @@ def train(minutes: float, seed: int, checkpoint_path: Path, folder: Path, resume
     torch.manual_seed(seed)
     model = new_model().train()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    # torch's Muon orthogonalises in bfloat16, which a CPU without it emulates: 0.5 s a step here,
+    # 0.1 s in float32 (torch 2.13).
+    torch.optim._muon._zeropower_via_newtonschulz = _orthogonalised
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.02)
     adamw = torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -229,6 +260,7 @@ def train(minutes: float, seed: int, checkpoint_path: Path, folder: Path, resume
             "minutes": round((progress["seconds"] + seconds) / 60, 2),
             "context_tokens": context_tokens,
             "text_bits_per_byte": _rounded_mean(bits[weights == TEXT]),
+            "copy_bits_per_byte": _rounded_mean(bits[weights == COPY]),
             "answer_bits_per_byte": _rounded_mean(bits[weights == ANSWER]),
             "tokens_per_second": round(ids.numel() / seconds),
         }
@@ -255,14 +287,16 @@ def export(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def bits_per_byte_by_position(model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Any]]:
+def bits_per_byte_by_position(
+    model: PreTrainedModel, tokenizer: Any, num_files: int
+) -> list[dict[str, Any]]:
     """Measure held-out files from their first byte on; one row per bucket of positions.
 
     Only files that fill the last bucket count, so every row is about the same files.
     """
     num_tokens = BUCKETS[-1][1]
     sums = dict.fromkeys(BUCKETS, 0.0)
-    files = held_out_files(min_bytes=num_tokens)
+    files = held_out_files(min_bytes=num_tokens)[:num_files]
     for path in tqdm(files, desc="positions", leave=False):
         ids = _ids(tokenizer, read_files([path]))[:, :num_tokens]
         losses = _next_token_losses(model(input_ids=ids, use_cache=False).logits, ids)[0]
@@ -282,7 +316,7 @@ def bits_per_byte_by_position(model: PreTrainedModel, tokenizer: Any) -> list[di
 
 
 @torch.inference_mode()
-def hidden_middle(model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Any]]:
+def hidden_middle(model: PreTrainedModel, tokenizer: Any, num_files: int) -> list[dict[str, Any]]:
     """Measure the continuation of held-out files with the whole cache and without its middle half.
 
     Hidden are the cached tokens [n/4, 3n/4), by mask: positions and rotations stay as they were.
@@ -290,8 +324,9 @@ def hidden_middle(model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Any]
     rows = []
     for context_tokens in HIDDEN_CONTEXTS:
         num_tokens = context_tokens + HIDDEN_CONTINUATION_TOKENS
+        files = held_out_files()[:num_files]
         whole, hidden = [], []
-        for path in tqdm(held_out_files(min_bytes=num_tokens), desc="hidden middle", leave=False):
+        for path in tqdm(files, desc="hidden middle", leave=False):
             ids = _ids(tokenizer, read_files([path]))[:, :num_tokens]
             cache = DynamicCache(config=model.config)
             model(input_ids=ids[:, :context_tokens], past_key_values=cache, logits_to_keep=1)
@@ -316,7 +351,9 @@ def hidden_middle(model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Any]
 
 
 @torch.inference_mode()
-def recall_accuracy(model: PreTrainedModel, tokenizer: Any, seed: int) -> list[dict[str, Any]]:
+def recall_accuracy(
+    model: PreTrainedModel, tokenizer: Any, num_documents: int, seed: int
+) -> list[dict[str, Any]]:
     """Ask for facts at growing distances; an answer counts if greedy decoding gives all of it.
 
     The same questions are asked again with the tokens around the fact hidden (by mask): without
@@ -327,7 +364,7 @@ def recall_accuracy(model: PreTrainedModel, tokenizer: Any, seed: int) -> list[d
     for distance in RECALL_DISTANCES:
         rng = random.Random(f"{seed}-recall-{distance}")
         correct, correct_hidden = 0, 0
-        for _ in tqdm(range(RECALL_DOCUMENTS), desc=f"recall at {distance}", leave=False):
+        for _ in tqdm(range(num_documents), desc=f"recall at {distance}", leave=False):
             document = recall_document(rng, distance + 256, filler, distance)
             text_ids = _ids(tokenizer, document.text)
             asked_ids = _ids(tokenizer, document.question + document.answer)
@@ -348,26 +385,30 @@ def recall_accuracy(model: PreTrainedModel, tokenizer: Any, seed: int) -> list[d
         rows.append(
             {
                 "distance_bytes": distance,
-                "documents": RECALL_DOCUMENTS,
-                "accuracy": correct / RECALL_DOCUMENTS,
-                "accuracy_fact_hidden": correct_hidden / RECALL_DOCUMENTS,
+                "documents": num_documents,
+                "accuracy": correct / num_documents,
+                "accuracy_fact_hidden": correct_hidden / num_documents,
             }
         )
     return rows
 
 
-def evaluate(folder: Path, seed: int) -> None:
-    """Print the three tables for the model in `folder`; write them to training.json there."""
+def evaluate(folder: Path, seed: int, num_samples: int) -> None:
+    """Print the three tables for the model in `folder`; write them to training.json and README.
+
+    num_samples: files, and documents per distance.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tables = {
-        "bits_per_byte_by_position": bits_per_byte_by_position(model, tokenizer),
-        "hidden_middle": hidden_middle(model, tokenizer),
-        "recall": recall_accuracy(model, tokenizer, seed),
+        "bits_per_byte_by_position": bits_per_byte_by_position(model, tokenizer, num_samples),
+        "hidden_middle": hidden_middle(model, tokenizer, num_samples),
+        "recall": recall_accuracy(model, tokenizer, num_samples, seed),
     }
     for name, rows in tables.items():
         print(f"\n{name}\n{_markdown(rows)}")
-    _update_json(folder, {"tables": tables})
+    record = _update_json(folder, {"tables": tables})
+    (folder / "README.md").write_text(_model_card(record))
 
 
 def main() -> None:
@@ -377,6 +418,7 @@ def main() -> None:
         "--evaluate", action="store_true", help="only measure the model in --folder"
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="wall clock of the training")
+    parser.add_argument("--samples", type=int, default=16, help="files and documents per table row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=MODEL_FOLDER, help="where the model lies")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="state of the training")
@@ -392,15 +434,73 @@ def main() -> None:
             arguments.folder,
             arguments.resume,
         )
-    evaluate(arguments.folder, arguments.seed)
+    evaluate(arguments.folder, arguments.seed, arguments.samples)
 
 
-def _join(pieces: list[tuple[str, float]], num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    encoded = [(text.encode(), weight) for text, weight in pieces]
-    joined = b"".join(piece for piece, _ in encoded)
-    weights = np.concatenate([np.full(len(piece), weight) for piece, weight in encoded])
-    ids = np.frombuffer(joined, dtype=np.uint8)
-    return ids[:num_bytes], weights[:num_bytes].astype(np.float32)
+def _start_looking_back(model: LlamaForCausalLM) -> None:
+    """Set the attention of the first two layers so that together they find the last bytes again.
+
+    Layer 0, head n attends n + 1 tokens back and copies what stands there. A rotary pair of key j
+    is turned by j * frequency; a query turned back by `distance * frequency` matches best where
+    i - j = distance. Both turn a constant: dimension 0 of the embedding.
+
+    Layer 1 compares the last four tokens at the query with those before each key, so that it
+    attends where the same four stood, one later: at what followed them. What to do with it, and
+    everything else, is learned.
+    """
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    half = config.head_dim // 2
+    embedding = model.model.embed_tokens.weight
+    embedding.mul_(EMBEDDING_DEVIATION / config.initializer_range)
+    embedding[:, 0] = SHARED_VALUE
+    # A random first MLP would drown the embedding in noise.
+    model.model.layers[0].mlp.down_proj.weight.mul_(0.1)
+
+    attention = model.model.layers[0].self_attn
+    queries = attention.q_proj.weight.view(heads, config.head_dim, -1)
+    keys = attention.k_proj.weight.view(kv_heads, config.head_dim, -1)
+    values = attention.v_proj.weight.view(kv_heads, config.head_dim, -1)
+    outputs = attention.o_proj.weight.view(-1, heads, config.head_dim)
+    pairs = torch.arange(LOOK_BACK_PAIRS)
+    content = torch.arange(CONTENT_DIMENSIONS)
+    keys[:, pairs, 0] = LOOK_BACK_WEIGHT
+    keys[:, pairs + half, 0] = 0.0
+    values[:, content] = 0.0
+    values[:, content, CONTENT + content] = 1.0
+    outputs[:, :, content] = 0.0
+    for head in range(heads):
+        angles = -(head + 1) * ROPE_THETA ** (-pairs / half)
+        queries[head, pairs, 0] = LOOK_BACK_WEIGHT * angles.cos()
+        queries[head, pairs + half, 0] = LOOK_BACK_WEIGHT * angles.sin()
+        outputs[COPIES + head * CONTENT_DIMENSIONS + content, head, content] = COPY_WEIGHT
+
+    attention = model.model.layers[1].self_attn
+    queries = attention.q_proj.weight.view(kv_heads, heads // kv_heads, config.head_dim, -1)
+    keys = attention.k_proj.weight.view(kv_heads, config.head_dim, -1)
+    slow_pairs = torch.arange(FIRST_SLOW_PAIR, half)
+    slow = torch.cat((slow_pairs, slow_pairs + half))
+    for back in range(heads):
+        rows = slow[back::heads]
+        queries[:, :, rows] = 0.0
+        keys[:, rows] = 0.0
+        for kv_head in range(kv_heads):
+            # Each kv head compares other dimensions of the content.
+            compared = content[kv_head * len(rows) : (kv_head + 1) * len(rows)]
+            copies = COPIES + compared
+            keys[kv_head, rows, copies + back * CONTENT_DIMENSIONS] = MATCH_WEIGHT
+            if back == 0:
+                # The embedding is that much smaller than a copy of it.
+                weight = MATCH_WEIGHT * COPY_WEIGHT / EMBEDDING_DEVIATION
+                queries[kv_head, :, rows, CONTENT + compared] = weight
+            else:
+                queries[kv_head, :, rows, copies + (back - 1) * CONTENT_DIMENSIONS] = MATCH_WEIGHT
+
+
+def _join(pieces: list[tuple[bytes, float]], num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    joined = np.frombuffer(b"".join(piece for piece, _ in pieces), dtype=np.uint8)
+    weights = [np.full(len(piece), weight, dtype=np.float32) for piece, weight in pieces]
+    return joined[:num_bytes], np.concatenate(weights)[:num_bytes]
 
 
 def _curriculum_at(share_done: float) -> tuple[int, int]:
@@ -415,6 +515,23 @@ def _learning_rate_factor(step: int, share_done: float) -> float:
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     decayed = max(0.0, share_done - DECAY_FROM) / (1.0 - DECAY_FROM)
     return warmup * (1.0 - (1.0 - FINAL_LEARNING_RATE) * decayed)
+
+
+def _orthogonalised(
+    gradient: torch.Tensor,
+    coefficients: tuple[float, float, float],
+    num_steps: int,
+    eps: float,
+) -> torch.Tensor:
+    """Do torch's Newton-Schulz iteration in the gradient's own dtype. gradient: [rows, columns]."""
+    matrix = gradient.T if gradient.size(0) > gradient.size(1) else gradient
+    matrix = matrix / matrix.norm().clamp(min=eps)
+    first, second, third = coefficients
+    for _ in range(num_steps):
+        gram = matrix @ matrix.T
+        update = torch.addmm(gram, gram, gram, beta=second, alpha=third)
+        matrix = torch.addmm(matrix, update, matrix, beta=first)
+    return matrix.T if gradient.size(0) > gradient.size(1) else matrix
 
 
 def _next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -449,7 +566,8 @@ def _continue(
         position_ids=torch.arange(num_cached, num_tokens)[None],
         past_key_values=cache,
     ).logits
-    cache.crop(num_cached)
+    # Negative: the number of tokens to take off.
+    cache.crop(num_cached - num_tokens)
     return logits
 
 
@@ -487,15 +605,64 @@ def _thinned(losses: list[dict[str, Any]], num_rows: int = 60) -> Iterator[dict[
         rows = losses[start : start + width]
         means = {
             name: _mean_of_known([row[name] for row in rows])
-            for name in ("text_bits_per_byte", "answer_bits_per_byte", "tokens_per_second")
+            for name in rows[0]
+            if name.endswith(("_per_byte", "_per_second"))
         }
         yield {name: rows[-1][name] for name in ("step", "minutes", "context_tokens")} | means
 
 
-def _update_json(folder: Path, entries: dict[str, Any]) -> None:
+def _update_json(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
     path = folder / "training.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(record | entries, indent=1) + "\n")
+    record = (json.loads(path.read_text()) if path.exists() else {}) | entries
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _model_card(record: dict[str, Any]) -> str:
+    tables = {name: _markdown(rows) for name, rows in record["tables"].items()}
+    steps = _markdown([{"context": "steps"} | record["steps_at_context"]])
+    return f"""# tiny_lm: a byte-level Llama that reads far back
+
+2.85M parameters (4 layers, hidden size 256, 4 heads on 2 kv heads, head_dim 64, RoPE theta 1e7),
+float32, trained on a CPU for the demo, the evaluations and the parity tests of this repository.
+It knows Python's standard library a little and finds what stands thousands of bytes back well;
+it is good for nothing else.
+
+* Tokenizer: `ByT5Tokenizer`, a token per byte. It closes every text with `</s>`, which means "end
+  of file" to nobody here: encode with `add_special_tokens=False`.
+* Data: the standard library's sources (`eval/corpora.py`; files held out by a hash of their path),
+  lists of `key=value` facts that are asked for again, and repeated passages.
+* Start: the attention of the first two layers starts as a circuit that finds the last four bytes
+  again (`_start_looking_back` in `eval/train_tiny_lm.py`); all other weights start random, and all
+  weights are trained. Started wholly at random, this model had not begun to copy after 380 steps.
+
+## Training
+
+`{record["command"]}`, seed {record["seed"]}: {record["minutes"]} minutes, {record["steps"]} steps,
+{record["tokens"]} tokens on {record["threads"]} busy CPU threads; Python {record["python"]}, torch
+{record["torch"]}, transformers {record["transformers"]}. The schedule follows the clock, so another
+machine gives other weights. The loss curve is in `training.json`.
+
+{steps}
+
+## Bits per byte of held-out files, by position
+
+{tables["bits_per_byte_by_position"]}
+
+## Held-out files with the middle half of the cache hidden
+
+Bits per byte of the next {HIDDEN_CONTINUATION_TOKENS} tokens; the cached tokens [n/4, 3n/4) are
+masked, positions stay.
+
+{tables["hidden_middle"]}
+
+## Recall by distance
+
+Share of the answers (six random digits, all must be right, greedy) to a question about one of the
+facts in held-out code, with another fact every 256 bytes. Chance is one in a million.
+
+{tables["recall"]}
+"""
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

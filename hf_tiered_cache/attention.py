@@ -2,8 +2,10 @@
 
 A model hands what `update()` returned to the attention function of its configuration. `enable`
 wraps those functions so that a paged handle goes to `tiered_attention_forward` and everything
-else to the original, untouched. It also registers the name "tiered" with a mask function that
-builds no query-by-key mask where position alone says what may be attended:
+else to the original, untouched; the first `TieredCache` calls it.
+
+Importing this module only adds a name of our own, "tiered", with a mask function that builds no
+query-by-key mask where position alone says what may be attended:
 `model.set_attn_implementation("tiered")`, for prompts whose mask would itself be too large.
 
 transformers' signatures as of 5.17 to 5.23 (`modeling_utils.AttentionInterface`,
@@ -43,18 +45,14 @@ def enable() -> None:
     for name in WRAPPED_NAMES:
         if name in registry and name not in _originals:
             _originals[name] = registry[name]
-            AttentionInterface.register(name, _wrap(registry[name]))
-    AttentionInterface.register(NAME, tiered_attention_forward)
-    AttentionMaskInterface.register(NAME, tiered_mask)
+            AttentionInterface.register(name, _wrap(name, registry[name]))
 
 
 def disable() -> None:
-    """Put transformers' own attention functions back; caches go on, computing densely."""
+    """Put transformers' own attention functions back; with them, caches go on densely."""
     for name, original in _originals.items():
         AttentionInterface.register(name, original)
     _originals.clear()
-    AttentionInterface._global_mapping.pop(NAME, None)
-    AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
 def tiered_attention_forward(
@@ -79,6 +77,8 @@ def tiered_attention_forward(
 
     What the blocks cannot answer (attention weights, dropout, dense tensors) is computed densely.
     """
+    if isinstance(key, PagedStates):
+        key.snapshot.check_reader(getattr(module, "config", None))
     if not _can_stream(query, key, value, attention_mask, dropout, module, kwargs):
         return _dense_attention(
             module,
@@ -144,6 +144,7 @@ def _stream_attention(
     """
     manager, layout = snapshot.manager, snapshot.layout
     batch, heads, num_queries, _ = query.shape
+    num_blocks = layout.num_blocks(snapshot.num_tokens)
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
     arguments: dict[str, Any] = {
         "kv_tokens": snapshot.num_tokens,
@@ -157,8 +158,8 @@ def _stream_attention(
     with manager.lock, span("attention"):
         slab = manager.device_tier.slab
         state = None
-        for chunk in manager.stream(snapshot.table, snapshot.scan):
-            if chunk.slots.shape[1] == snapshot.table.num_blocks:
+        for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens):
+            if chunk.slots.shape[1] == num_blocks:
                 ops.paged_attention(
                     query,
                     slab,
@@ -223,7 +224,7 @@ def tiered_mask(
     )
 
 
-def _wrap(original: AttentionFunction) -> AttentionFunction:
+def _wrap(name: str, original: AttentionFunction) -> AttentionFunction:
     """The original, except that a paged handle goes to tiered attention."""
 
     @functools.wraps(original)
@@ -239,6 +240,9 @@ def _wrap(original: AttentionFunction) -> AttentionFunction:
             dropout = kwargs.get("dropout", 0.0)
             if _can_stream(query, key, value, attention_mask, dropout, module, kwargs):
                 return tiered_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            key.snapshot.check_reader(getattr(module, "config", None))
+            if name == "sdpa":
+                return _dense_attention(module, query, key, value, attention_mask, **kwargs)
             key, value = _dense(key), _dense(value)
         return original(module, query, key, value, attention_mask, **kwargs)
 
@@ -301,12 +305,56 @@ def _dense_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' sdpa over dense tensors, with the mask "tiered" left implicit spelled out."""
+    """transformers' sdpa over dense tensors, with an implicit mask spelled out; what it ignores or
+    refuses (soft-capped scores, sinks, weights asked for) by the textbook."""
     key, value = _dense(key), _dense(value)
+    asks_more = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+    asks_more = asks_more or bool(kwargs.get("output_attentions"))
     if attention_mask is None or attention_mask.dim() == 2:
-        attention_mask = _explicit_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
+        attention_mask = _explicit_mask(
+            module, query, key, attention_mask, kwargs.get("is_causal"), is_for_sdpa=not asks_more
+        )
+    if asks_more:
+        return _textbook_attention(module, query, key, value, attention_mask, **kwargs)
     original = _originals.get("sdpa", sdpa_attention_forward)
     return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _textbook_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, weights `[batch, heads, queries, kv_tokens]`) with every score in memory at once."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+    scale = scaling if scaling is not None else query.shape[3] ** -0.5
+    scores = (query @ key.mT).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        mask = attention_mask[..., : key.shape[2]]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    if s_aux is not None:  # one more score per head, which has no value
+        sinks = s_aux.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = torch.nn.functional.dropout(weights.to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def _explicit_mask(
@@ -315,17 +363,26 @@ def _explicit_mask(
     key: torch.Tensor,
     padding: torch.Tensor | None,
     is_causal: bool | None,
+    is_for_sdpa: bool,
 ) -> torch.Tensor | None:
-    """Boolean `[batch, 1, queries, kv_tokens]`, or None where sdpa's own reading of None is right.
+    """Boolean `[batch, 1, queries, kv_tokens]`, or None where everything may be attended or where
+    sdpa's own reading of None is right.
 
     sdpa aligns an implicit causal mask at the top left, which is wrong behind a longer past.
     """
     queries, tokens = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if padding is None and (queries in (1, tokens) or not is_causal):
+    is_implicit = queries == 1 or not is_causal or (is_for_sdpa and queries == tokens)
+    if padding is None and is_implicit:
         return None
     mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device)
     if is_causal:
         mask = mask.tril(tokens - queries)
     return mask if padding is None else mask & padding.bool()[:, None, None, :tokens]
+
+
+# Here and not in `enable`: a model is loaded with attn_implementation="tiered" before any cache is
+# made. Nothing of transformers is replaced by it.
+AttentionInterface.register(NAME, tiered_attention_forward)
+AttentionMaskInterface.register(NAME, tiered_mask)

@@ -154,11 +154,19 @@ class KVBlockManager:
             self._touch(block.layer)
             if slot is None:
                 self._unqueue(block)
-        elif block in self._dirty[block.layer] or block in self._clean[block.layer]:
+        elif block in self._dirty[block.layer] and block.is_stored:
             self._unqueue(block)
-            queue = self._clean if block.is_stored else self._dirty
-            queue[block.layer][block] = None
+            self._clean[block.layer][block] = None
+        elif block in self._clean[block.layer] and not block.is_stored:
+            self._unqueue(block)
+            dirty = self._dirty[block.layer]
+            dirty[block] = None
+            dirty.move_to_end(block, last=False)  # stores begin with the oldest: it still is
         return old
+
+    def is_demotable(self, block: KVBlock) -> bool:
+        """The block waits in a queue of demotion: it is full and resident."""
+        return block in self._dirty[block.layer] or block in self._clean[block.layer]
 
     def start_filling(self, block: KVBlock) -> None:
         """Take a block out of the queues of demotion: tokens will be written into it."""
@@ -233,13 +241,15 @@ class KVBlockManager:
             table.placement = self._place(table, version)
         return table.placement
 
-    def next_to_demote(self) -> KVBlock | None:
-        """The oldest resident full block of the layer that has most of them.
+    def next_to_demote(self, may_store: bool) -> KVBlock | None:
+        """The oldest resident full block of the layer that has most of them; one with a copy below
+        unless `may_store`.
 
         Taking from the fullest layer keeps the share of every layer the same, which spreads the
         loads evenly over a forward.
         """
-        layer = max(self._dirty, key=self.num_demotable, default=None)
+        layers = [layer for layer in self._dirty if may_store or self._clean[layer]]
+        layer = max(layers, key=self.num_demotable, default=None)
         if layer is None:
             return None
         return _oldest(self._clean[layer]) or _oldest(self._dirty[layer])
@@ -268,6 +278,16 @@ class KVBlockManager:
         """Every live table, by layer."""
         return sorted(self._tables, key=lambda table: table.layer)
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that have a table; those of forks are the same ones."""
+        return len({table.layer for table in self._tables})
+
+    @property
+    def max_batch(self) -> int:
+        """Rows of the widest table."""
+        return max((table.batch for table in self._tables), default=0)
+
     def check_integrity(self) -> None:
         """Verify every law of this room; raises `BlockStateError` naming the broken one."""
         holders: dict[KVBlock, int] = {}
@@ -281,10 +301,16 @@ class KVBlockManager:
                         raise BlockStateError(f"{block} stands at {(table.layer, index)}")
                     if all(slot is None for slot in block.slots):
                         raise BlockStateError(f"{block} is nowhere")
+                    is_full = index < table.num_tokens // table.layout.block_tokens
+                    if is_full and block.is_resident and not self.is_demotable(block):
+                        raise BlockStateError(f"{block} is full and would never be demoted")
             placement = self.placement(table)
             expected = _device_slots(table)
             if placement.slots.tolist() != expected:
                 raise BlockStateError(f"placement {placement.slots.tolist()} is not {expected}")
+            runs = [run.is_resident for run in placement.runs for _ in range(run.first, run.last)]
+            if runs != [min(column) >= 0 for column in zip(*expected, strict=True)]:
+                raise BlockStateError(f"runs {placement.runs} are not those of {expected}")
         for block, count in holders.items():
             if block.ref_count != count:
                 raise BlockStateError(f"{block} has ref_count {block.ref_count}, {count} holders")

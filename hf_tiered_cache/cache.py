@@ -6,6 +6,7 @@ tier holds what is the business of the rooms below.
 """
 
 import copy
+import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,21 +23,31 @@ from transformers.cache_utils import (
 from hf_tiered_cache import attention
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.config import TieredCacheConfig
-from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
+from hf_tiered_cache.errors import (
+    ClosedCacheError,
+    ConfigError,
+    OutOfBlocksError,
+    TierIOError,
+    UnsupportedInputError,
+)
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
 from hf_tiered_cache.offload_manager import OffloadManager
-from hf_tiered_cache.paged_states import PagedStates, Snapshot
+from hf_tiered_cache.paged_states import PagedStates, Reader, Snapshot
 
 TIERED_LAYER_TYPE = "full_attention"
 
 
 class _Owned:
-    """The tables of one cache, layer by layer; what must be dropped when the cache goes."""
+    """The tables of one cache, layer by layer; what must be dropped when the cache goes.
+
+    `reader` is the model that attends them.
+    """
 
     def __init__(self, pool: ManagerPool) -> None:
         self.pool = pool
+        self.reader = Reader()
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
 
@@ -44,6 +55,11 @@ class _Owned:
     def tables(self) -> list[BlockTable]:
         """In layer order."""
         return [table for _, (_, table) in sorted(self._tables.items())]
+
+    @property
+    def first_layer(self) -> int | None:
+        """The number of the first layer that has a table."""
+        return min(self._tables, default=None)
 
     def scan(self, manager: OffloadManager) -> list[BlockTable]:
         """The manager's tables in the order a forward reads them."""
@@ -60,6 +76,8 @@ class _Owned:
         manager, table = self._tables.pop(layer_idx)
         self._scans.clear()
         manager.drop_table(table)
+        if not self._tables:
+            self.reader = Reader()  # an empty cache is free for another model
 
     def release(self) -> None:
         """The cache is gone: drop its tables, and the pool with the last fork."""
@@ -120,6 +138,11 @@ class TieredLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            try:
+                return self.update(key_states, value_states)
+            except BaseException:
+                self.reset()
+                raise
         manager, table = self._manager, self._table
         assert manager is not None and table is not None
         self._check_fits(table, key_states, value_states)
@@ -130,7 +153,7 @@ class TieredLayer(CacheLayerMixin):
             key_states, value_states = key_states.detach(), value_states.detach()
         with manager.lock:
             manager.append(table, key_states, value_states)
-        keys, values = self._handles()
+        keys, values = self._handles(num_new_tokens=key_states.shape[2])
         if needs_grad:
             keys, values = keys.refuse_backward(), values.refuse_backward()
         return keys, values
@@ -181,8 +204,11 @@ class TieredLayer(CacheLayerMixin):
             return
         batch = self._table.batch
         wrong = [row for row in rows if not -batch <= row < batch]
-        if wrong:
-            raise UnsupportedInputError(f"rows {wrong} of a batch of {batch}")
+        if wrong or not rows:
+            raise UnsupportedInputError(
+                f"rows {wrong or rows} of a batch of {batch}: expected at least one, each from "
+                f"{-batch} to {batch - 1}"
+            )
         with self._manager.lock:
             self._detach_snapshots()
             self._manager.select_rows(self._table, rows)
@@ -212,10 +238,11 @@ class TieredLayer(CacheLayerMixin):
             owned.add(self._layer_idx, layer._manager, layer._table)
         return layer
 
-    def _handles(self) -> tuple[PagedStates, PagedStates]:
+    def _handles(self, num_new_tokens: int = 0) -> tuple[PagedStates, PagedStates]:
         manager, table = self._manager, self._table
         assert manager is not None and table is not None
-        snapshot = Snapshot(manager, table, self._owned.scan(manager))
+        owned = self._owned
+        snapshot = Snapshot(manager, table, owned.scan(manager), owned.reader, num_new_tokens)
         self._snapshots.add(snapshot)
         return PagedStates(snapshot, "keys"), PagedStates(snapshot, "values")
 
@@ -228,6 +255,8 @@ class TieredLayer(CacheLayerMixin):
     def _check_fits(
         self, table: BlockTable, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> None:
+        if key_states.dim() != 4 or value_states.dim() != 4:
+            _check_states(key_states, value_states)
         layout = table.layout
         expected = (table.batch, layout.kv_heads, layout.key_dim, layout.value_dim)
         batch, kv_heads, _, key_dim = key_states.shape
@@ -323,10 +352,54 @@ class TieredCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new tokens and return handles on all; see `TieredLayer.update`."""
+        """Store a layer's new tokens and return handles on all; see `TieredLayer.update`.
+
+        Each layer once per forward, in order. When a layer has no room for the tokens, those that
+        the layers before it took in the same forward are removed again.
+        """
+        layer_idx = self._check_layer(layer_idx)
         if layer_idx >= len(self.layers):
             self._add_layers(layer_idx)
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, TieredLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        before = layer.get_seq_length()
+        self._check_order(layer_idx, before)
+        try:
+            return layer.update(key_states, value_states, *args, **kwargs)
+        except (OutOfBlocksError, TierIOError):
+            num_tokens = key_states.shape[2]
+            tiered = [one for one in self.layers[:layer_idx] if isinstance(one, TieredLayer)]
+            for earlier in tiered:
+                if earlier.get_seq_length() == before + num_tokens:
+                    earlier.crop(-num_tokens)
+            raise
+
+    def _check_layer(self, layer_idx: int) -> int:
+        """`layer_idx` as an int; raises UnsupportedInputError for anything that is no index."""
+        try:
+            index = operator.index(layer_idx)
+        except TypeError:
+            index = -1
+        if index < 0:
+            raise UnsupportedInputError(
+                f"layer_idx={layer_idx!r}: expected the layer's number, an int from 0 up (a layer "
+                "made without layer_idx cannot use a cache)"
+            )
+        return index
+
+    def _check_order(self, layer_idx: int, num_tokens: int) -> None:
+        """Raise UnsupportedInputError if the layer already has this forward's tokens."""
+        first = self._owned.first_layer
+        if first is None or first >= layer_idx or num_tokens == 0:
+            return
+        got = self.layers[first].get_seq_length()
+        if num_tokens == got:
+            raise UnsupportedInputError(
+                f"out of order: layer {layer_idx} holds {num_tokens} tokens, as many as layer "
+                f"{first}; expected fewer: every layer is updated once per forward, in order, "
+                f"layer {first} first"
+            )
 
     def _add_layers(self, layer_idx: int) -> None:
         if self._num_layers:
@@ -398,6 +471,7 @@ class TieredCache(DynamicCache):
             if name not in ("_owned", "_finalizer", "layers"):
                 setattr(fork, name, copy.deepcopy(value, memo))
         fork._own(self._owned.pool.share())
+        fork._owned.reader = Reader(self._owned.reader)
         fork.layers = [
             layer.fork(fork._owned)
             if isinstance(layer, TieredLayer)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from huggingface_hub.constants import HF_HOME
 
 from hf_tiered_cache.errors import ConfigError
@@ -141,10 +140,3 @@ def free_memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return max(free, 0)
-
-
-def device_free_bytes(device: torch.device) -> int:
-    """Bytes free on a compute device now."""
-    if device.type == "cpu":
-        return free_memory_bytes()
-    return torch.get_device_module(device).mem_get_info(device)[0]

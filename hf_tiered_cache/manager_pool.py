@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from hf_tiered_cache.block_manager import BlockTable
-from hf_tiered_cache.config import Budgets, TieredCacheConfig, device_free_bytes
-from hf_tiered_cache.errors import ClosedCacheError
+from hf_tiered_cache.config import Budgets, TieredCacheConfig
+from hf_tiered_cache.errors import ClosedCacheError, UnsupportedInputError
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.metrics import Counters, TierStats
 from hf_tiered_cache.offload_manager import OffloadManager
@@ -24,7 +24,6 @@ from hf_tiered_cache.tiers.disk import DiskTier
 # 4); twice that keeps it busy while one half is attended.
 STAGING_BYTES = 16 * 1024 * 1024
 MIN_STAGING_BLOCKS = 2  # one is attended while one loads
-AUTO_DEVICE_SHARE = 0.5  # of what a GPU has free; the CPU's share is resolved with the config
 
 
 class ManagerPool:
@@ -76,7 +75,12 @@ class ManagerPool:
         return self._managers[key]
 
     def _make(self, layout: BlockLayout, device: torch.device) -> OffloadManager:
-        budget = self._devices.get(device) or Budget("device", self._device_bytes(device))
+        if device.type != "cpu":
+            raise UnsupportedInputError(
+                f"keys and values on {device}: this version keeps blocks in CPU memory and on disk "
+                "only; move the model to the CPU, or use transformers' DynamicCache on this device"
+            )
+        budget = self._devices.get(device) or Budget("device", self.budgets.device_bytes)
         self._devices[device] = budget
         tiers: list[Tier] = [DeviceTier(layout.num_bytes, budget, device)]
         if self._disk.limit_bytes >= layout.num_bytes:
@@ -87,11 +91,6 @@ class ManagerPool:
         return OffloadManager(
             layout, tiers, max(staging, MIN_STAGING_BLOCKS), self._expected_tables
         )
-
-    def _device_bytes(self, device: torch.device) -> int:
-        if device.type != "cpu" and self.budgets.device_is_auto:
-            return int(device_free_bytes(device) * AUTO_DEVICE_SHARE)
-        return self.budgets.device_bytes
 
     def _staging_bytes(self, budget: Budget) -> int:
         if self.config.staging_bytes == AUTO:
@@ -110,10 +109,12 @@ class ManagerPool:
         rows = []
         for device, budget in self._devices.items():
             tiers = [m.device_tier for (_, d), m in self._managers.items() if d == device]
-            rows.append(_tier_stats("device", tiers, budget, str(device)))
+            is_auto = self.budgets.device_is_auto
+            rows.append(_tier_stats("device", tiers, budget, is_auto, str(device)))
         if self._disk.limit_bytes:
             disks = [tier for manager in self.managers for tier in manager.tiers[1:]]
-            rows.append(_tier_stats("disk", disks, self._disk, str(self.disk_dir)))
+            is_auto = self.budgets.disk_is_auto
+            rows.append(_tier_stats("disk", disks, self._disk, is_auto, str(self.disk_dir)))
         return tuple(rows)
 
     def share(self) -> "ManagerPool":
@@ -122,21 +123,28 @@ class ManagerPool:
         return self
 
     def release(self, tables: Iterable[tuple[OffloadManager, BlockTable]]) -> None:
-        """An owner leaves: its tables are dropped, and after the last one everything is closed."""
-        for manager, table in tables:
-            manager.drop_table(table)
+        """An owner leaves: its tables are dropped, and after the last one everything is closed.
+
+        May be called by garbage collection, at any moment and in any thread.
+        """
         self._num_owners -= 1
         if self._num_owners == 0:
             for manager in self.managers:
                 manager.close()
+        else:
+            for manager, table in tables:
+                manager.abandon_table(table)
 
 
-def _tier_stats(name: str, tiers: Iterable[Tier], budget: Budget, where: str) -> TierStats:
+def _tier_stats(
+    name: str, tiers: Iterable[Tier], budget: Budget, is_auto: bool, where: str
+) -> TierStats:
     return TierStats(
         name=name,
         blocks=sum(tier.used_slots for tier in tiers),
         used_bytes=budget.used_bytes,
         peak_bytes=budget.peak_bytes,
         budget_bytes=budget.limit_bytes,
+        is_auto=is_auto,
         where=where,
     )

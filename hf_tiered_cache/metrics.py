@@ -48,6 +48,7 @@ class TierStats:
     used_bytes: int  # taken out of the budget, staging included
     peak_bytes: int
     budget_bytes: int
+    is_auto: bool  # the budget was chosen from what was free
     where: str  # device or folder
 
 
@@ -80,7 +81,7 @@ class CacheStats:
                 f"{tier.blocks:,}",
                 format_bytes(tier.used_bytes),
                 format_bytes(tier.peak_bytes),
-                format_bytes(tier.budget_bytes),
+                format_bytes(tier.budget_bytes) + (" (auto)" if tier.is_auto else ""),
             )
             for tier in self.tiers
         ]

@@ -12,6 +12,7 @@ it; `lock` is held by whoever moves or reads blocks.
 
 import contextlib
 import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.stream import BlockStream
 from hf_tiered_cache.tiers.base import DONE, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
+
+# Columns of cold blocks that staging must be able to hold: one is attended while one loads.
+STAGED_COLUMNS = 2
 
 # Stores that may be under way at once: enough to keep a disk's queue full, few enough that the
 # device keeps room for new blocks.
@@ -64,12 +68,12 @@ class OffloadManager:
         self.counters = Counters()
         self.lock = threading.RLock()
         self._lower = tiers[DEVICE + 1 :]
-        self._stream = BlockStream(tiers, staging_slots if self._lower else 0, self.counters)
+        self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
+        self._stream = BlockStream(tiers, self._staging_slots, self.counters)
         self._expected_tables = expected_tables
         self._storing: list[KVBlock] = []  # in order of their start
+        self._abandoned: deque[BlockTable] = deque()
         self._is_closed = False
-
-    # --- appending -----------------------------------------------------------------------------
 
     def new_table(self, layer: int, batch: int) -> BlockTable:
         """An empty table for a layer of `batch` sequences."""
@@ -81,17 +85,19 @@ class OffloadManager:
 
         keys `[batch, kv_heads, tokens, key_dim]`, values `[batch, kv_heads, tokens, value_dim]`.
         Raises OutOfBlocksError before anything changed; TierIOError when making room failed, and
-        the table is then as it was.
+        the table then holds what it held.
         """
-        self._check_open()
+        self._check_held(table)
         num_tokens, start = keys.shape[2], table.num_tokens
+        if num_tokens == 0:
+            return
         room = table.num_blocks * self.layout.block_tokens - start
-        if num_tokens > room:
-            self._fit_staging(table.batch)
+        must_own = room > 0 and not self._owns_last_blocks(table)
+        if must_own or num_tokens > room:
             self._check_capacity(table, num_tokens)
         done = 0
         try:
-            if room:
+            if must_own:
                 self._own_last_blocks(table)
             while done < num_tokens:
                 if room == 0:
@@ -121,16 +127,23 @@ class OffloadManager:
                 self.blocks.append_block(table, row, self._allocate())
         return columns * self.layout.block_tokens
 
+    def _owns_last_blocks(self, table: BlockTable) -> bool:
+        """The last block of every row may be written: unshared, resident, not to be demoted."""
+        return all(
+            (block := row[-1]).ref_count == 1
+            and block.is_resident
+            and not self.blocks.is_demotable(block)
+            for row in table.rows
+        )
+
     def _own_last_blocks(self, table: BlockTable) -> None:
         """Make the filling blocks writable: resident, unshared and without copies below."""
         for row in range(table.batch):
             block = table.rows[row][-1]
             if block.ref_count > 1:
                 self._copy_last_block(table, row)
-            elif not block.is_resident or block.is_stored:
-                self._promote(block)
             else:
-                self.blocks.start_filling(block)
+                self._promote(block)
 
     def _copy_last_block(self, table: BlockTable, row: int) -> None:
         self.make_room(1)
@@ -143,7 +156,7 @@ class OffloadManager:
         self.blocks.replace_last(table, row, slot)
 
     def _promote(self, block: KVBlock) -> None:
-        """Bring a block that fills again back to the device and drop the copies below it."""
+        """Keep a block that fills (again) on the device, alone: drop the copies below it."""
         if not block.is_resident:
             self.make_room(1)
             slot = self._allocate()
@@ -168,8 +181,6 @@ class OffloadManager:
         target.copy_(self.device_tier.block(staged))
         self._stream.release([block])
 
-    # --- room ----------------------------------------------------------------------------------
-
     def make_room(self, num_blocks: int) -> None:
         """Demote the oldest blocks until `num_blocks` device slots are free.
 
@@ -177,8 +188,10 @@ class OffloadManager:
         store failed (the block stays on the device).
         """
         while self._num_free_slots() < num_blocks:
-            block = self.blocks.next_to_demote()
-            if block is None or not self._lower:
+            if not self._lower:
+                raise self._out_of_blocks(num_blocks)
+            block = self.blocks.next_to_demote(may_store=self._lower[0].num_free() > 0)
+            if block is None:
                 raise self._out_of_blocks(num_blocks)
             if not block.is_stored:
                 self._store(block)
@@ -196,8 +209,7 @@ class OffloadManager:
         if not self._lower:
             return
         self._reap_stores()
-        tables = max(len(self.blocks.tables), self._expected_tables)
-        wanted = tables * table.batch
+        wanted = self._num_layers * table.batch
         while (
             len(self._storing) < MAX_STORES
             and self._num_free_slots() + self.blocks.num_clean < wanted
@@ -240,43 +252,69 @@ class OffloadManager:
 
     def _reap_stores(self) -> None:
         """Forget finished stores; a failed one makes its block dirty again, to be retried later."""
-        for block in [block for block in self._storing if block.store.is_ready()]:
+        ended = [block for block in self._storing if block.store.is_ready()]
+        for block in reversed(ended):  # so that of those that failed the oldest comes first again
             try:
                 block.store.wait()
-                self._storing.remove(block)
             except TierIOError:
                 self._forget_store(block)
+            else:
+                self._storing.remove(block)
+                block.store = DONE
 
     def _forget_store(self, block: KVBlock) -> None:
         self._storing.remove(block)
         self._free_slots(block, first_rung=DEVICE + 1)
 
-    def _fit_staging(self, batch: int) -> None:
-        """Let staging hold two columns of `batch` rows: one is attended while one loads."""
-        if self._lower and self._stream.num_slots < 2 * batch:
-            self._stream.grow(2 * batch)
-            self.make_room(0)
-
     def _check_capacity(self, table: BlockTable, num_tokens: int) -> None:
-        """Raise OutOfBlocksError unless all tiers together can take `num_tokens` more tokens."""
+        """Raise OutOfBlocksError unless `num_tokens` more tokens fit, whatever must be demoted for
+        it; then fit staging to the batch."""
         columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
-        needed = columns * table.batch
+        copies, pinned = self._fill_needs(table)
+        needed = columns * table.batch + copies
         lower = sum(tier.num_free() for tier in self._lower)
         if needed > self._num_free_slots() + self.blocks.num_clean + lower:
             raise self._out_of_blocks(needed)
-        tables = max(len(self.blocks.tables), self._expected_tables)
-        smallest = tables * table.batch + self._stream.num_slots
+        least_staging = STAGED_COLUMNS * self.blocks.max_batch if self._lower else 0
+        pinned = max(pinned, self._num_layers * table.batch)
         most = self.device_tier.used_slots + self.device_tier.num_free()
-        if smallest > most:
-            block_bytes = self.layout.num_bytes
-            raise OutOfBlocksError(
-                f"device_bytes={format_bytes(most * block_bytes)} holds {most} blocks of "
-                f"{format_bytes(block_bytes)}, but {tables} layers x {table.batch} sequences need "
-                f"a filling block each and {self._stream.num_slots} staging blocks: the smallest "
-                f"device_bytes that works is {smallest * block_bytes} "
-                f"({format_bytes(smallest * block_bytes)}); or choose a smaller block_tokens "
-                f"(now {self.layout.block_tokens})"
-            )
+        if pinned + least_staging > most:
+            raise self._budget_too_small(table.batch, most, pinned, least_staging)
+        if self._lower:
+            wanted = max(self._staging_slots, least_staging)
+            self._resize_staging(min(wanted, most - pinned))
+
+    def _fill_needs(self, table: BlockTable) -> tuple[int, int]:
+        """(blocks to copy before the table's last blocks can be written, blocks pinned to the
+        device once they, or those of a new column, are). Pinned are the filling ones of all
+        tables."""
+        pinned = self.device_tier.used_slots - self._stream.num_taken
+        pinned -= self.blocks.num_clean + self.blocks.num_dirty
+        if not table.is_filling:
+            return 0, pinned + table.batch
+        copies = 0
+        for block, num_rows in Counter(row[-1] for row in table.rows).items():
+            is_ours = block.ref_count == num_rows  # nobody else holds it: one row can keep it
+            copies += num_rows - is_ours
+            is_pinned = block.is_resident and not self.blocks.is_demotable(block)
+            pinned += num_rows - (is_ours and is_pinned)
+        return copies, pinned
+
+    def _resize_staging(self, num_slots: int) -> None:
+        before = self._stream.num_slots
+        if num_slots == before:
+            return
+        self._stream.resize(num_slots)
+        try:
+            self.make_room(0)
+        except BaseException:
+            self._stream.resize(before)
+            raise
+
+    @property
+    def _num_layers(self) -> int:
+        """Layers of a forward: each pins its filling blocks."""
+        return max(self.blocks.num_layers, self._expected_tables)
 
     def _num_free_slots(self) -> int:
         """Device slots that blocks may take: free ones, less those kept for staging."""
@@ -286,6 +324,19 @@ class OffloadManager:
         slot = self.device_tier.allocate()
         assert slot is not None, "make_room promised a slot"
         return slot
+
+    def _budget_too_small(
+        self, batch: int, most: int, pinned: int, staging: int
+    ) -> OutOfBlocksError:
+        smallest = (pinned + staging) * self.layout.num_bytes
+        return OutOfBlocksError(
+            f"device_bytes={format_bytes(most * self.layout.num_bytes)} holds {most} blocks of "
+            f"{format_bytes(self.layout.num_bytes)}, but {pinned} filling blocks (one for each of "
+            f"{self._num_layers} layers x {batch} sequences, and of forks) and {staging} staging "
+            f"blocks must be there: the smallest device_bytes that works is {smallest} "
+            f"({format_bytes(smallest)}); or choose a smaller block_tokens "
+            f"(now {self.layout.block_tokens})"
+        )
 
     def _out_of_blocks(self, num_blocks: int) -> OutOfBlocksError:
         tiers = ", ".join(
@@ -303,14 +354,14 @@ class OffloadManager:
             f"({tiers}): {knob}, or shorten the sequence"
         )
 
-    # --- sharing and dropping ------------------------------------------------------------------
-
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens of every row."""
+        self._collect_abandoned()
         self._drop(self.blocks.truncate(table, num_tokens))
 
     def select_rows(self, table: BlockTable, rows: Sequence[int]) -> None:
         """Make row `i` what row `rows[i]` was; blocks are shared, not copied."""
+        self._collect_abandoned()
         self._drop(self.blocks.select_rows(table, rows))
 
     def drop_table(self, table: BlockTable) -> None:
@@ -318,6 +369,15 @@ class OffloadManager:
         dropped = self.blocks.drop_table(table)
         if not self._is_closed:
             self._drop(dropped)
+
+    def abandon_table(self, table: BlockTable) -> None:
+        """Drop a table before the next change or read. For finalizers: they run in any thread and
+        in the middle of anything, so here nothing is touched and no lock is taken."""
+        self._abandoned.append(table)
+
+    def _collect_abandoned(self) -> None:
+        while self._abandoned:
+            self.drop_table(self._abandoned.popleft())
 
     def _drop(self, blocks: Iterable[KVBlock]) -> None:
         for block in blocks:
@@ -336,24 +396,32 @@ class OffloadManager:
             if slot is not None:
                 self.tiers[rung].free(slot)
 
-    # --- streaming -----------------------------------------------------------------------------
-
-    def stream(self, table: BlockTable, scan: Sequence[BlockTable]) -> Iterator[Chunk]:
-        """All columns of a table, in block order, chunk by chunk, each on the device while it is
-        consumed: resident runs where they lie, cold ones through staging.
+    def stream(
+        self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
+    ) -> Iterator[Chunk]:
+        """The columns of a table (those of its first `num_tokens` tokens), in block order, chunk by
+        chunk, each on the device while it is consumed: resident runs where they lie, cold ones
+        through staging.
 
         `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
         along it. Nothing may move until the next chunk is asked for. Raises TierIOError when a
-        cold block cannot be loaded or is not what was stored.
+        cold block cannot be loaded or is not what was stored, ClosedCacheError when the table was
+        dropped.
         """
-        self._check_open()
+        self._check_held(table)
+        num_blocks = table.num_blocks
+        if num_tokens is not None:
+            num_blocks = min(num_blocks, self.layout.num_blocks(num_tokens))
         placement = self.blocks.placement(table)
         for run in placement.runs:
+            last = min(run.last, num_blocks)
+            if last <= run.first:
+                return
             if run.is_resident:
-                self.counters.resident_reads += (run.last - run.first) * table.batch
-                yield Chunk(run.first, placement.slots[:, run.first : run.last])
+                self.counters.resident_reads += (last - run.first) * table.batch
+                yield Chunk(run.first, placement.slots[:, run.first : last])
             else:
-                yield from self._stream_cold(table, run.first, run.last, scan)
+                yield from self._stream_cold(table, run.first, last, scan)
 
     def _stream_cold(
         self, table: BlockTable, first: int, last: int, scan: Sequence[BlockTable]
@@ -390,8 +458,6 @@ class OffloadManager:
                     if not block.is_resident:
                         yield block
 
-    # --- the end -------------------------------------------------------------------------------
-
     @property
     def is_closed(self) -> bool:
         return self._is_closed
@@ -402,31 +468,39 @@ class OffloadManager:
 
     def num_cold_blocks(self) -> int:
         """Distinct blocks without a copy on the device."""
-        blocks = {block for table in self.blocks.tables for block in table.blocks()}
-        return sum(not block.is_resident for block in blocks)
+        with self.lock:
+            self._collect_abandoned()
+            blocks = {block for table in self.blocks.tables for block in table.blocks()}
+            return sum(not block.is_resident for block in blocks)
 
     def check_integrity(self) -> None:
         """Verify the laws of the block tables and that no slot is lost; for tests."""
+        self._collect_abandoned()
         self.blocks.check_integrity()
         held = {block for table in self.blocks.tables for block in table.blocks()}
         for rung, tier in enumerate(self.tiers):
             slots = sum(block.slots[rung] is not None for block in held)
             if rung == DEVICE:
-                slots += self._stream.num_slots - self._stream.num_reserved
+                slots += self._stream.num_taken
             assert slots == tier.used_slots, f"{tier.name}: {slots} held, {tier.used_slots} used"
 
     def close(self) -> None:
-        """Wait for transfers under way and give every tier's memory, files and threads back."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for block in self._storing:
-            with contextlib.suppress(TierIOError):
-                block.store.wait()
-        self._storing = []
-        self._stream.close()
-        for tier in reversed(self.tiers):
-            tier.close()
+        """Give every tier's memory, files and threads back; what is not yet stored never will be.
+
+        The tiers below end their transfers before the device's memory goes. Nothing is waited for
+        here: garbage collection may call this from one of their threads.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            for tier in reversed(self.tiers):
+                tier.close()
+
+    def _check_held(self, table: BlockTable) -> None:
+        """Raise ClosedCacheError unless the table's cache is there, and still holds the table."""
+        self._check_open()
+        self._collect_abandoned()
+        if not table.rows:
+            raise ClosedCacheError("the cache that held these keys and values is gone")
 
     def _check_open(self) -> None:
         if self._is_closed:

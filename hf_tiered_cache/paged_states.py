@@ -15,12 +15,47 @@ from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
 from hf_tiered_cache.block_manager import BlockTable
-from hf_tiered_cache.errors import BackwardError
+from hf_tiered_cache.errors import BackwardError, UnsupportedInputError
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.offload_manager import OffloadManager
-from hf_tiered_cache.sizes import format_bytes
 
 logger = logging.get_logger(__name__)
+
+TOLD_ONCE = (
+    "A torch operation reached the paged keys or values of a TieredCache: the dense tensor is "
+    "built for it, at every call. The result is right, but slow and not bounded by the cache's "
+    "budgets. If this is your model's attention, use model.set_attn_implementation('sdpa'), which "
+    "streams the blocks; if it already does, this model computes its attention by itself."
+)
+
+
+class Reader:
+    """The model that attends a cache, known by the config object its layers share.
+
+    Keys and values of one model mean nothing to another, even where their shapes agree.
+    """
+
+    __slots__ = ("_config",)
+
+    def __init__(self, other: "Reader | None" = None) -> None:
+        self._config: weakref.ref[Any] | None = None if other is None else other._config
+
+    def is_another(self, config: Any) -> bool:
+        """Whether a living model other than that of `config` attended before; else remember it."""
+        known = None if self._config is None else self._config()
+        if known is None:
+            self._config = weakref.ref(config)
+        return known is not None and known is not config
+
+    def __repr__(self) -> str:
+        config = None if self._config is None else self._config()
+        return "no model" if config is None else describe_model(config)
+
+
+def describe_model(config: Any) -> str:
+    """How an error names a model."""
+    name = getattr(config, "name_or_path", "") or f"config at {id(config):#x}"
+    return f"{type(config).__name__.removesuffix('Config')} ({name})"
 
 
 class Snapshot:
@@ -28,27 +63,65 @@ class Snapshot:
 
     Appending cannot disturb it (full blocks are immutable, new tokens stand behind `num_tokens`).
     Before anything else is done to the table its owner calls `detach`.
-    `scan`: the cache's tables in the order a forward reads them.
+    `scan`: the cache's tables in the order a forward reads them. `reader`: the model that attends
+    the cache. `num_new_tokens`: those of the update that returned this snapshot.
     """
 
-    __slots__ = ("manager", "table", "num_tokens", "scan", "__weakref__")
+    __slots__ = (
+        "manager",
+        "table",
+        "num_tokens",
+        "scan",
+        "reader",
+        "num_new_tokens",
+        "is_detached",
+        "__weakref__",
+    )
 
     def __init__(
-        self, manager: OffloadManager, table: BlockTable, scan: Sequence[BlockTable]
+        self,
+        manager: OffloadManager,
+        table: BlockTable,
+        scan: Sequence[BlockTable],
+        reader: Reader,
+        num_new_tokens: int = 0,
     ) -> None:
         self.manager = manager
         self.table = table
         self.num_tokens = table.num_tokens
         self.scan = scan
+        self.reader = reader
+        self.num_new_tokens = num_new_tokens
+        self.is_detached = False
 
     @property
     def layout(self) -> BlockLayout:
         return self.table.layout
 
     def detach(self) -> None:
-        """Hold the blocks by a fork of the table, dropped with this snapshot."""
+        """Hold the blocks by a fork of the table, dropped with this snapshot. Idempotent."""
+        if self.is_detached:
+            return
+        self.is_detached = True
         self.table = self.manager.blocks.fork(self.table)
-        weakref.finalize(self, self.manager.drop_table, self.table)
+        self.manager.truncate(self.table, self.num_tokens)
+        weakref.finalize(self, self.manager.abandon_table, self.table)
+
+    def check_reader(self, config: Any) -> None:
+        """Raise UnsupportedInputError if another model attended before, and take back the tokens
+        that its update has just appended."""
+        if config is None or not self.reader.is_another(config):
+            return
+        with self.manager.lock:
+            table = self.table
+            if table.num_tokens == self.num_tokens and not self.is_detached:
+                self.detach()
+                self.manager.truncate(table, self.num_tokens - self.num_new_tokens)
+        raise UnsupportedInputError(
+            f"this cache holds the keys and values of {self.reader!r}, but "
+            f"{describe_model(config)} attends it: use one TieredCache per model (reset() empties "
+            "a cache for another one)"
+        )
 
     def materialize(self, part: str) -> torch.Tensor:
         """Build the dense `[batch, kv_heads, num_tokens, dim]` tensor of "keys" or "values"."""
@@ -61,7 +134,7 @@ class Snapshot:
         )
         with manager.lock:
             view = getattr(layout, part)(manager.device_tier.slab)
-            for chunk in manager.stream(self.table, self.scan):
+            for chunk in manager.stream(self.table, self.scan, self.num_tokens):
                 first = chunk.first * layout.block_tokens
                 last = min(first + chunk.slots.shape[1] * layout.block_tokens, self.num_tokens)
                 # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
@@ -101,17 +174,8 @@ class PagedStates(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        def dense(handle: "PagedStates") -> torch.Tensor:
-            tensor = handle.materialize()
-            logger.warning_once(
-                f"{func} reached paged keys or values: the dense tensor "
-                f"({format_bytes(tensor.nbytes)}) is built for it at every call. The result is "
-                "right but slow and not bounded by the cache's budgets. If this is your model's "
-                'attention, use model.set_attn_implementation("sdpa"), which streams the blocks.'
-            )
-            return tensor
-
-        args, kwargs = tree_map_only(PagedStates, dense, (args, kwargs or {}))
+        logger.warning_once(TOLD_ONCE)
+        args, kwargs = tree_map_only(PagedStates, PagedStates.materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def materialize(self) -> torch.Tensor:

@@ -45,32 +45,32 @@ def generation_progress(
     """
     timing = Timing()
     is_off = not logging.is_progress_bar_enabled()
-    bars = [
-        tqdm(total=total, desc=f"{label}{name}", unit="token", disable=is_off, leave=False)
-        for name, total in (("prefill", prompt_tokens), ("decode", max(0, new_tokens - 1)))
-    ]
+
+    def open_bar(name: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=label + name, unit="token", disable=is_off, leave=False)
+
+    bar = open_bar("prefill", prompt_tokens)
     start = perf_counter()
 
     def count(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal start
+        nonlocal bar, start
         inputs = kwargs.get("input_ids", args[0] if args else None)
-        if inputs is None:
-            inputs = kwargs["inputs_embeds"]
-        tokens, now = inputs.shape[1], perf_counter()
+        tokens = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+        seconds, start = perf_counter() - start, perf_counter()
+        bar.update(tokens)
         if timing.prefill_tokens < prompt_tokens:
             timing.prefill_tokens += tokens
-            timing.prefill_seconds += now - start
-            bars[0].update(tokens)
+            timing.prefill_seconds += seconds
+            if timing.prefill_tokens >= prompt_tokens:
+                bar.close()
+                bar = open_bar("decode", max(0, new_tokens - 1))
         else:
             timing.decode_tokens += tokens
-            timing.decode_seconds += now - start
-            bars[1].update(tokens)
-        start = now
+            timing.decode_seconds += seconds
 
     hook = model.register_forward_hook(count, with_kwargs=True)
     try:
         yield timing
     finally:
         hook.remove()
-        for bar in bars:
-            bar.close()
+        bar.close()

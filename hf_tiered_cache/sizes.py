@@ -1,6 +1,7 @@
 """Sizes in bytes, as people write and read them."""
 
 import math
+import re
 
 from accelerate.utils import convert_file_size_to_int
 
@@ -17,6 +18,10 @@ def parse_bytes(name: str, size: int | str) -> int | str:
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise ConfigError(f"{name}={size!r}: {expected}")
     try:
+        tera = re.fullmatch(r"([\d.]+) ?T(i?)B", str(size), re.IGNORECASE)
+        if tera:  # accelerate's words end at giga
+            giga = convert_file_size_to_int(f"{tera[1]}G{tera[2]}B")
+            return giga * (1024 if tera[2] else 1000)
         return convert_file_size_to_int(int(size) if str(size).isdigit() else size)
     except (ValueError, OverflowError):
         raise ConfigError(f"{name}={size!r}: {expected}") from None

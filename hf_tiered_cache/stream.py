@@ -55,41 +55,40 @@ class BlockStream:
         return self._num_slots
 
     @property
+    def num_taken(self) -> int:
+        """Staging slots taken from the device tier."""
+        return len(self._free) + len(self._staged)
+
+    @property
     def num_reserved(self) -> int:
         """Staging slots not yet taken from the device tier; nobody else may take these."""
-        return self._num_slots - len(self._free) - len(self._staged)
+        return self._num_slots - self.num_taken
 
-    def grow(self, num_slots: int) -> None:
-        """Allow more staging slots; the caller sees to it that the device tier can give them."""
-        self._num_slots = max(self._num_slots, num_slots)
+    def resize(self, num_slots: int) -> None:
+        """Allow so many staging slots, giving back those above it. Where that is more than before,
+        the caller sees to it that the device tier can give them."""
+        self._num_slots = num_slots
+        while self.num_reserved < 0:
+            if not self._free:
+                self.discard(next(reversed(self._staged)))  # the last to be used
+            self._device.free(self._free.pop())
 
     def load(self, blocks: Sequence[KVBlock]) -> list[int]:
         """Wait until all `blocks` (at most `num_slots`, no repeats) are staged; return their slots.
 
-        Raises TierIOError when a load failed; the block is then no longer staged, and a later call
-        tries again.
+        What failed while it was loaded ahead is tried once more. Raises TierIOError when a load
+        failed; the blocks are then no longer staged, and a later call tries again.
         """
-        missing = [block for block in blocks if block not in self._staged]
-        if missing:
-            wanted = set(blocks)
-            surplus = len(missing) - len(self._free) - self.num_reserved
-            # What lies furthest ahead gives way: it is the last to be used.
-            for block in [b for b in reversed(self._staged) if b not in wanted][: max(surplus, 0)]:
-                self.discard(block)
-            self._start(missing)
-        staged = [self._staged[block] for block in blocks]
+        has_prefetched = any(block in self._staged for block in blocks)
+        self._start_missing(blocks)
         try:
-            if not all(entry.transfer.is_ready() for entry in staged):
-                with span("load_wait"), self._counters.waiting("load_wait_seconds"):
-                    for entry in staged:
-                        entry.transfer.wait()
-            for entry in staged:
-                entry.transfer.wait()
-        except BaseException:
-            for block in blocks:
-                self.discard(block)
-            raise
-        return [entry.slot for entry in staged]
+            self._wait(blocks)
+        except TierIOError:
+            if not has_prefetched:
+                raise
+            self._start_missing(blocks)
+            self._wait(blocks)
+        return [self._staged[block].slot for block in blocks]
 
     def release(self, blocks: Iterable[KVBlock]) -> None:
         """The blocks were attended; their staging slots are free."""
@@ -97,17 +96,18 @@ class BlockStream:
             self._free.append(self._staged.pop(block).slot)
 
     def prefetch(self, upcoming: Iterable[KVBlock]) -> None:
-        """Start loading `upcoming` blocks, in order of use, into the free staging slots."""
+        """Start loading `upcoming` blocks, in order of use, into the free staging slots. A block
+        may come more than once: tables share blocks."""
         room = len(self._free) + self.num_reserved
         if not room:
             return
-        missing = []
+        missing: dict[KVBlock, None] = {}
         for block in upcoming:
             if block not in self._staged:
-                missing.append(block)
+                missing[block] = None
                 if len(missing) == room:
                     break
-        self._start(missing)
+        self._start(list(missing))
 
     def discard(self, block: KVBlock) -> None:
         """Forget a staged block, after its load has ended; nothing happens if it is not staged."""
@@ -116,13 +116,31 @@ class BlockStream:
             _settle(entry.transfer)
             self._free.append(entry.slot)
 
-    def close(self) -> None:
-        """Wait for the loads under way and free the staging slots."""
-        for block in list(self._staged):
+    def _start_missing(self, blocks: Sequence[KVBlock]) -> None:
+        missing = [block for block in blocks if block not in self._staged]
+        if not missing:
+            return
+        wanted = set(blocks)
+        surplus = len(missing) - len(self._free) - self.num_reserved
+        # What lies furthest ahead gives way: it is the last to be used.
+        for block in [b for b in reversed(self._staged) if b not in wanted][: max(surplus, 0)]:
             self.discard(block)
-        for slot in self._free:
-            self._device.free(slot)
-        self._free = []
+        self._start(missing)
+
+    def _wait(self, blocks: Sequence[KVBlock]) -> None:
+        """Wait for the loads of staged blocks; when one fails none of them stays staged."""
+        transfers = [self._staged[block].transfer for block in blocks]
+        try:
+            if not all(transfer.is_ready() for transfer in transfers):
+                with span("load_wait"), self._counters.waiting("load_wait_seconds"):
+                    for transfer in transfers:
+                        transfer.wait()
+            for transfer in transfers:
+                transfer.wait()
+        except BaseException:
+            for block in blocks:
+                self.discard(block)
+            raise
 
     def _start(self, blocks: Sequence[KVBlock]) -> None:
         """Start the loads of `blocks`, neighbouring records in one read."""

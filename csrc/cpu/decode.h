@@ -25,64 +25,95 @@ constexpr int64_t kKeyTile = 64;
 
 // ---- scores of one block ------------------------------------------------------------------------
 
+// Software prefetch of the plane being read and, behind its end, of the one read next. `bytes` is
+// how far ahead; 0 (none) where the processor's own prefetching does better.
+struct Prefetch {
+  int64_t bytes;
+  const char* end;   // of the plane
+  const char* next;  // plane that follows, or null
+
+  HTC_INLINE void Ahead(const void* from, int64_t num_bytes) const {
+    if (bytes == 0) return;
+    const char* to = static_cast<const char*>(from) + bytes;
+    if (to >= end) {
+      if (next == nullptr) return;
+      to = next + (to - end);
+    }
+    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(to + i);
+  }
+};
+
+constexpr Prefetch kNoPrefetch = {0, nullptr, nullptr};
+
 // Words of a query row per chunk of kChunk elements: raw bfloat16 pairs, or widened floats.
 template <DType kType>
 constexpr int kQueryWords = kUsesDot<kType> ? kLanes : kChunk;
 
-template <DType kType>
-HTC_INLINE VecF DotChunk(VecF acc, const VecPair& key, const float* query) {
-  acc += key.first * Load<VecF>(query);
-  acc += key.second * Load<VecF>(query + kLanes);
-  return acc;
+// acc[n][r] += the products of one chunk of key n and query r, kChunk dims from `dim` on.
+template <DType kType, int kKeys, int kRows, bool kIsTail>
+HTC_INLINE void ScoreChunk(const Element<kType>* const (&key)[kKeys], int64_t dim, int count,
+                           const float* query, int64_t query_stride, VecF (&acc)[kKeys][kRows]) {
+  if constexpr (kUsesDot<kType>) {
+    VecU words[kKeys];
+    HTC_UNROLL for (int n = 0; n < kKeys; ++n) {
+      words[n] = kIsTail ? LoadWordsTail(key[n] + dim, count) : Load<VecU>(key[n] + dim);
+    }
+    HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+      const VecU with = Load<VecU>(query + r * query_stride);
+      HTC_UNROLL for (int n = 0; n < kKeys; ++n) acc[n][r] = DotPairs(acc[n][r], words[n], with);
+    }
+  } else {
+    VecPair chunk[kKeys];
+    HTC_UNROLL for (int n = 0; n < kKeys; ++n) {
+      chunk[n] = kIsTail ? LoadChunkTail<kType>(key[n] + dim, count) : LoadChunk<kType>(key[n] + dim);
+    }
+    HTC_UNROLL for (int r = 0; r < kRows; ++r) {
+      const VecF first = Load<VecF>(query + r * query_stride);
+      HTC_UNROLL for (int n = 0; n < kKeys; ++n) acc[n][r] += chunk[n].first * first;
+      const VecF second = Load<VecF>(query + r * query_stride + kLanes);
+      HTC_UNROLL for (int n = 0; n < kKeys; ++n) acc[n][r] += chunk[n].second * second;
+    }
+  }
 }
 
-// scores[row][t] = query[row] . keys[t] for kRows rows. Key rows are read one whole row after the
-// other (memory sees one ascending stream); the sums of several tokens share one reduction.
+constexpr int PowerOfTwoUpTo(int value) {
+  int power = 1;
+  while (2 * power <= value) power *= 2;
+  return power;
+}
+
+// scores[row][t] = query[row] . keys[t] for kRows rows. A few tokens at once share the loads of the
+// query and keep the adders busy; their key rows are neighbours, so memory still sees one ascending
+// stream. The sums of kTokens tokens share one reduction.
 template <DType kType, int kRows>
 void ScoreTokens(const Element<kType>* keys, int64_t key_dim, int64_t tokens, const float* query,
-                 int64_t query_stride, float* scores, int64_t score_stride) {
-  constexpr int kTokens = kRows * 8 <= kLanes   ? kLanes / kRows >= 16 ? 16 : 8
-                          : kRows * 4 <= kLanes ? 4
-                          : kRows * 2 <= kLanes ? 2
-                                                : 1;
+                 int64_t query_stride, float* scores, int64_t score_stride,
+                 const Prefetch& prefetch) {
+  constexpr int kTokens = PowerOfTwoUpTo(kLanes / kRows);
+  constexpr int kAtOnce = kRows == 1 && kTokens > 4 ? 4 : kTokens < 2 ? 1 : 2;
   const int64_t full = key_dim / kChunk;
   const int tail = static_cast<int>(key_dim % kChunk);
   for (int64_t t = 0; t < tokens; t += kTokens) {
     VecF sums[kLanes] = {};
-    HTC_UNROLL for (int i = 0; i < kTokens; ++i) {
-      const Element<kType>* key = keys + Min(t + i, tokens - 1) * key_dim;
-      VecF acc[kRows] = {};
+    HTC_UNROLL for (int i = 0; i < kTokens; i += kAtOnce) {
+      const Element<kType>* key[kAtOnce];
+      HTC_UNROLL for (int n = 0; n < kAtOnce; ++n) {
+        key[n] = keys + Min(t + i + n, tokens - 1) * key_dim;
+        prefetch.Ahead(key[n], key_dim * int64_t{sizeof(Element<kType>)});
+      }
+      VecF acc[kAtOnce][kRows] = {};
       for (int64_t c = 0; c < full; ++c) {
-        if constexpr (kUsesDot<kType>) {
-          const VecU words = Load<VecU>(key + c * kChunk);
-          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
-            acc[r] = DotPairs(acc[r], words,
-                              Load<VecU>(query + r * query_stride + c * kQueryWords<kType>));
-          }
-        } else {
-          const VecPair chunk = LoadChunk<kType>(key + c * kChunk);
-          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
-            acc[r] = DotChunk<kType>(acc[r], chunk,
-                                     query + r * query_stride + c * kQueryWords<kType>);
-          }
-        }
+        ScoreChunk<kType, kAtOnce, kRows, false>(key, c * kChunk, 0,
+                                                 query + c * kQueryWords<kType>, query_stride, acc);
       }
       if (tail != 0) {
-        if constexpr (kUsesDot<kType>) {
-          const VecU words = LoadWordsTail(key + full * kChunk, tail);
-          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
-            acc[r] = DotPairs(acc[r], words,
-                              Load<VecU>(query + r * query_stride + full * kQueryWords<kType>));
-          }
-        } else {
-          const VecPair chunk = LoadChunkTail<kType>(key + full * kChunk, tail);
-          HTC_UNROLL for (int r = 0; r < kRows; ++r) {
-            acc[r] = DotChunk<kType>(acc[r], chunk,
-                                     query + r * query_stride + full * kQueryWords<kType>);
-          }
-        }
+        ScoreChunk<kType, kAtOnce, kRows, true>(key, full * kChunk, tail,
+                                                query + full * kQueryWords<kType>, query_stride,
+                                                acc);
       }
-      HTC_UNROLL for (int r = 0; r < kRows; ++r) sums[r * kTokens + i] = acc[r];
+      HTC_UNROLL for (int n = 0; n < kAtOnce; ++n) {
+        HTC_UNROLL for (int r = 0; r < kRows; ++r) sums[r * kTokens + i + n] = acc[n][r];
+      }
     }
     float folded[kLanes];
     Store(folded, SumEach(sums));
@@ -96,65 +127,18 @@ constexpr int kMaxScoreRows = kLanes < 8 ? kLanes : 8;
 
 template <DType kType>
 void ScoreRows(int64_t rows, const Element<kType>* keys, int64_t key_dim, int64_t tokens,
-               const float* query, int64_t query_stride, float* scores, int64_t score_stride) {
+               const float* query, int64_t query_stride, float* scores, int64_t score_stride,
+               const Prefetch& prefetch) {
 #define HTC_CASE(n)                                                                          \
   case n:                                                                                    \
     if constexpr (n <= kMaxScoreRows) {                                                      \
       return ScoreTokens<kType, n>(keys, key_dim, tokens, query, query_stride, scores,       \
-                                   score_stride);                                            \
+                                   score_stride, prefetch);                                  \
     }                                                                                        \
     break;
   switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
                       HTC_CASE(7) HTC_CASE(8) }
 #undef HTC_CASE
-}
-
-// ---- softmax of one block -----------------------------------------------------------------------
-
-struct RowSums {
-  float max;
-  float sum;
-};
-
-// Turn `count` scores of one row into exp(score * scale - max), 0 where not attended; `end` is the
-// row's causal end. With bfloat16 pairs the weights are rounded, written as 16-bit words over the
-// scores, and summed as rounded, so that numerator and denominator use the same weights.
-template <DType kType>
-HTC_INLINE RowSums SoftmaxRow(float* scores, int64_t count, int64_t end, float scale,
-                              const uint8_t* mask, int64_t mask_stride) {
-  // pass 1: scale, mask, maximum
-  VecF most = Broadcast(kMinusInfinity);
-  const VecI lanes = LaneNumbers();
-  for (int64_t t = 0; t < count; t += kLanes) {
-    VecF score = Load<VecF>(scores + t) * scale;
-    if (t + kLanes > end) {
-      score = lanes < static_cast<int32_t>(end - t) ? score : Broadcast(kMinusInfinity);
-    }
-    if (mask != nullptr) {
-      const VecI attended = MaskLanes(mask + t * mask_stride, mask_stride, count - t);
-      score = attended ? score : Broadcast(kMinusInfinity);
-    }
-    Store(scores + t, score);
-    most = Max(most, score);
-  }
-  const float max = MaxLanes(most);
-  // pass 2: weights and their sum
-  const float base = max == kMinusInfinity ? 0.0f : max;
-  VecF sum = {};
-  auto* words = reinterpret_cast<uint16_t*>(scores);
-  for (int64_t t = 0; t < count; t += kLanes) {
-    const VecF weight = Exp(Load<VecF>(scores + t) - base);
-    if constexpr (kUsesDot<kType>) {
-      const VecU rounded = RoundToBFloat16(weight);
-      sum += (VecF)rounded;
-      const VecU low = rounded >> 16;
-      Store(words + t, __builtin_convertvector(low, HalfVecU));
-    } else {
-      sum += weight;
-      Store(scores + t, weight);
-    }
-  }
-  return {max, SumLanes(sum)};
 }
 
 // ---- weighted values of one block ---------------------------------------------------------------
@@ -164,7 +148,7 @@ HTC_INLINE RowSums SoftmaxRow(float* scores, int64_t count, int64_t end, float s
 template <DType kType, int kRows, int kChunks, bool kHasTail>
 void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, int tail,
                const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
-               int64_t acc_stride) {
+               int64_t acc_stride, const Prefetch& prefetch) {
   VecF sum[kRows][kChunks][2];
   HTC_UNROLL for (int r = 0; r < kRows; ++r) {
     HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
@@ -179,6 +163,7 @@ void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, 
       const bool has_second = t + 1 < tokens && (used == nullptr || used[t + 1] != 0);
       const Element<kType>* first = values + t * value_dim;
       const Element<kType>* second = first + value_dim;
+      prefetch.Ahead(first, 2 * value_dim * int64_t{sizeof(Element<kType>)});
       HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
         VecU a = {}, b = {};
         if (kHasTail && c == kChunks - 1) {
@@ -203,6 +188,7 @@ void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, 
     for (int64_t t = 0; t < tokens; ++t) {
       if (used != nullptr && used[t] == 0) continue;
       const Element<kType>* value = values + t * value_dim;
+      prefetch.Ahead(value, value_dim * int64_t{sizeof(Element<kType>)});
       HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
         const VecPair chunk = kHasTail && c == kChunks - 1
                                   ? LoadChunkTail<kType>(value + c * kChunk, tail)
@@ -233,12 +219,13 @@ constexpr int MaxValueRows(int chunks) {
 template <DType kType, int kChunks, bool kHasTail>
 void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
                   int tail, const float* weights, int64_t weight_stride, const uint8_t* used,
-                  float* acc, int64_t acc_stride) {
+                  float* acc, int64_t acc_stride, const Prefetch& prefetch) {
 #define HTC_CASE(n)                                                                            \
   case n:                                                                                      \
     if constexpr (n <= MaxValueRows(kChunks)) {                                                \
       return AddValues<kType, n, kChunks, kHasTail>(values, value_dim, tokens, tail, weights,  \
-                                                    weight_stride, used, acc, acc_stride);     \
+                                                    weight_stride, used, acc, acc_stride,      \
+                                                    prefetch);                                 \
     }                                                                                          \
     break;
   switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
@@ -249,10 +236,12 @@ void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim,
 template <DType kType>
 void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
                   const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
-                  int64_t acc_stride) {
+                  int64_t acc_stride, const Prefetch& prefetch) {
   const int64_t chunks = DivideUp(value_dim, kChunk);
   const int tail = static_cast<int>(value_dim % kChunk);
-  const int64_t column_parts = DivideUp(chunks, kMaxChunks);
+  // Widen every value once for as many rows as possible: narrow columns for many rows.
+  const int64_t fitting = kSumRegisters / (2 * Min(rows, MaxValueRows(1)));
+  const int64_t column_parts = DivideUp(chunks, Max(1, Min(fitting, kMaxChunks)));
   int64_t chunk = 0;
   for (int64_t part = 0; part < column_parts; ++part) {
     const int64_t width = (chunks - chunk) / (column_parts - part);
@@ -265,15 +254,16 @@ void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim,
       const Element<kType>* from = values + chunk * kChunk;
       const float* weight = weights + row * weight_stride;
       float* to = acc + row * acc_stride + chunk * kChunk;
+      const Prefetch& once = chunk == 0 && row == 0 ? prefetch : kNoPrefetch;
 #define HTC_CASE(n)                                                                             \
   case n:                                                                                       \
     if constexpr (n <= kMaxChunks) {                                                            \
       if (has_tail) {                                                                           \
         AddValueRows<kType, n, true>(count, from, value_dim, tokens, tail, weight,              \
-                                     weight_stride, used, to, acc_stride);                      \
+                                     weight_stride, used, to, acc_stride, once);                \
       } else {                                                                                  \
         AddValueRows<kType, n, false>(count, from, value_dim, tokens, tail, weight,             \
-                                      weight_stride, used, to, acc_stride);                     \
+                                      weight_stride, used, to, acc_stride, once);               \
       }                                                                                         \
     }                                                                                           \
     break;
@@ -358,6 +348,13 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
   // pass 1: scores
   const Element<kType>* keys =
       KeyPlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.key_dim;
+  const Element<kType>* values =
+      ValuePlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.value_dim;
+  const Prefetch key_prefetch = {p.prefetch_bytes,
+                                 reinterpret_cast<const char*>(keys + tokens * p.view.key_dim),
+                                 reinterpret_cast<const char*>(values)};
+  const Prefetch value_prefetch = {
+      p.prefetch_bytes, reinterpret_cast<const char*>(values + tokens * p.view.value_dim), nullptr};
   const float* query =
       call.query + (sequence * all_rows + first_row) * call.query_stride;
   const int64_t parts = DivideUp(rows, kMaxScoreRows);
@@ -368,7 +365,8 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
       const int64_t count = (rows - row) / (parts - part);
       ScoreRows<kType>(count, keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
                        query + row * call.query_stride, call.query_stride,
-                       scores + row * call.score_stride + t, call.score_stride);
+                       scores + row * call.score_stride + t, call.score_stride,
+                       row == 0 ? key_prefetch : kNoPrefetch);
       row += count;
     }
   }
@@ -378,25 +376,25 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
     const int64_t head = kv_head * group + row / p.queries;
     const int64_t query_number = row % p.queries;
     const int64_t end = Max(0, CausalEnd(p, range, query_number) - range.begin);
-    const RowSums sums =
-        SoftmaxRow<kType>(scores + row * call.score_stride, tokens, end, p.scale,
-                          MaskRow(p, sequence, head, query_number, position), p.mask_stride[3]);
-    call.partial_max[at + row] = sums.max;
-    call.partial_sum[at + row] = sums.sum;
+    float* row_scores = scores + row * call.score_stride;
+    const ScoreRule rule = {p.scale, p.softcap, end,
+                            MaskRow(p, sequence, head, query_number, position), p.mask_stride[3]};
+    const float max = MakeScores(row_scores, tokens, rule);
+    call.partial_max[at + row] = max;
+    call.partial_sum[at + row] = MakeWeights<kType>(row_scores, tokens, max);
   }
   if (p.mask != nullptr) {
     AnyRowAttends(p, sequence, kv_head * group, group, 0, p.queries, position, tokens, used);
   }
 
   // pass 3: weighted values, a tile of tokens at a time for all rows
-  const Element<kType>* values =
-      ValuePlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.value_dim;
   for (int64_t i = 0; i < rows * call.acc_stride; i += kLanes) Store(acc + i, VecF{});
   const int64_t weight_step = kUsesDot<kType> ? 2 : 1;  // weights per float of `scores`
   for (int64_t t = 0; t < tokens; t += kValueTile) {
     AddValueTile<kType>(rows, values + t * p.view.value_dim, p.view.value_dim,
                         Min(kValueTile, tokens - t), scores + t / weight_step, call.score_stride,
-                        p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride);
+                        p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride,
+                        value_prefetch);
   }
 
   // pass 4: back into the order of memory

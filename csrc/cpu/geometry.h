@@ -62,22 +62,6 @@ HTC_INLINE const uint8_t* MaskRow(const AttentionParams& p, int64_t sequence, in
          query * p.mask_stride[2] + position * p.mask_stride[3];
 }
 
-// -1 in the lanes whose token (mask[0], mask[stride], ..) may be attended, for `count` tokens.
-HTC_INLINE VecI MaskLanes(const uint8_t* mask, int64_t stride, int64_t count) {
-  uint8_t bytes[kLanes] = {};
-  const int64_t n = Min(count, kLanes);
-  if (stride == 1) {
-    if (n == kLanes) {
-      __builtin_memcpy(bytes, mask, kLanes);
-    } else {
-      for (int64_t i = 0; i < n; ++i) bytes[i] = mask[i];
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) bytes[i] = mask[i * stride];
-  }
-  return __builtin_convertvector(Load<QuarterVecU>(bytes), VecI) != 0;
-}
-
 // used[t] = 1 where the mask lets some row of (heads [head, head + num_heads), queries
 // [query, query_end)) attend token t of [0, count) behind `position`.
 HTC_INLINE void AnyRowAttends(const AttentionParams& p, int64_t sequence, int64_t head,

@@ -173,49 +173,16 @@ void PackValues(const Element<kType>* values, int64_t value_dim, int64_t tokens,
   }
 }
 
-// ---- softmax of one tile ------------------------------------------------------------------------
-
-// One row of scores [count] to weights exp(score * scale - max), 0 from `end` on and where the
-// mask says so, with the running max and sum brought up to date. Returns what the row's earlier
-// values must be multiplied by.
+// One row of products to weights, with the row's running max and sum brought up to date. Returns
+// what the row's earlier values must be multiplied by.
 template <DType kType>
-HTC_INLINE float SoftmaxTileRow(float* scores, int64_t count, int64_t end, float scale,
-                                const uint8_t* mask, int64_t mask_stride, float& max, float& sum) {
-  // pass 1: scale, mask, maximum
-  VecF most = Broadcast(kMinusInfinity);
-  const VecI lanes = LaneNumbers();
-  for (int64_t t = 0; t < count; t += kLanes) {
-    VecF score = Load<VecF>(scores + t) * scale;
-    if (t + kLanes > end) {
-      score = lanes < static_cast<int32_t>(end - t) ? score : Broadcast(kMinusInfinity);
-    }
-    if (mask != nullptr) {
-      const VecI attended = MaskLanes(mask + t * mask_stride, mask_stride, count - t);
-      score = attended ? score : Broadcast(kMinusInfinity);
-    }
-    Store(scores + t, score);
-    most = Max(most, score);
-  }
-  const float tile_max = MaxLanes(most);
+HTC_INLINE float SoftmaxTileRow(float* scores, int64_t count, const ScoreRule& rule, float& max,
+                                float& sum) {
+  const float tile_max = MakeScores(scores, count, rule);
   const float new_max = tile_max > max ? tile_max : max;
-  const float base = new_max == kMinusInfinity ? 0.0f : new_max;
-  // pass 2: weights and their sum
-  VecF tile_sum = {};
-  auto* words = reinterpret_cast<uint16_t*>(scores);
-  for (int64_t t = 0; t < count; t += kLanes) {
-    const VecF weight = Exp(Load<VecF>(scores + t) - base);
-    if constexpr (kUsesDot<kType>) {
-      const VecU rounded = RoundToBFloat16(weight);
-      tile_sum += (VecF)rounded;
-      const VecU low = rounded >> 16;
-      Store(words + t, __builtin_convertvector(low, HalfVecU));
-    } else {
-      tile_sum += weight;
-      Store(scores + t, weight);
-    }
-  }
+  const float tile_sum = MakeWeights<kType>(scores, count, new_max);
   const float keep = new_max == max ? 1.0f : Exp(max - new_max);
-  sum = __builtin_fmaf(sum, keep, SumLanes(tile_sum));
+  sum = __builtin_fmaf(sum, keep, tile_sum);
   max = new_max;
   return keep;
 }
@@ -321,9 +288,10 @@ void AttendTile(const AttentionParams& p, const PrefillBuffers& b, int64_t seque
       const int64_t query = (first_row + row + r) / group;
       const int64_t head = kv_head * group + (first_row + row + r) % group;
       const int64_t row_end = Min(visible, CausalEnd(p, range, query) - begin);
-      b.keep[r] = SoftmaxTileRow<kType>(b.scores + r * b.score_stride, visible, row_end, p.scale,
-                                        MaskRow(p, sequence, head, query, position),
-                                        p.mask_stride[3], b.max[row + r], b.sum[row + r]);
+      const ScoreRule rule = {p.scale, p.softcap, row_end,
+                              MaskRow(p, sequence, head, query, position), p.mask_stride[3]};
+      b.keep[r] = SoftmaxTileRow<kType>(b.scores + r * b.score_stride, visible, rule,
+                                        b.max[row + r], b.sum[row + r]);
     }
     // pass 3: weighted values
     const int64_t depth = kUsesDot<kType> ? DivideUp(visible, 2) : visible;

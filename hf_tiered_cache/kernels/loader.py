@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
 from types import ModuleType
 
 from transformers.utils import logging
@@ -43,10 +44,9 @@ _REFERENCE_KERNEL = Kernel(REFERENCE, None, -1)
 def compiled_core() -> tuple[ModuleType | None, str]:
     """The compiled core, or None and the reason why it could not be imported."""
     try:
-        from hf_tiered_cache import _C  # noqa: PLC0415 (imported on first use, may be missing)
+        return import_module("hf_tiered_cache._C"), ""
     except ImportError as error:
         return None, str(error)
-    return _C, ""
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +66,7 @@ def available_kernels() -> tuple[str, ...]:
     return (*names, REFERENCE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel_named(name: str) -> Kernel:
     """The kernel of that name. Raises KernelUnavailableError with what is there and why."""
     if name == REFERENCE:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
-from hf_tiered_cache.kernels import reference
+from hf_tiered_cache.kernels import checks, reference
 from hf_tiered_cache.kernels.loader import (
     Kernel,
     available_kernels,
@@ -62,7 +62,7 @@ def append_tokens(
     strides. blocks: uint8 [slots, layout.num_bytes]. table int32 [batch, n]: the slots of the
     blocks from start_token // block_tokens on. Raises UnsupportedInputError before any write.
     """
-    _check_append(keys, values, blocks, table, layout, start_token)
+    checks.check_append(keys, values, blocks, table, layout, start_token)
     kernel = chosen_kernel()
     if kernel.core is None or not keys.is_cpu or layout.dtype not in DTYPE_NUMBERS:
         reference.append_tokens(keys, values, blocks, table, layout, start_token)
@@ -124,21 +124,21 @@ def paged_attention(
     out [batch, heads, queries, value_dim]: written if given (any strides, the query's dtype),
     else new in the query's dtype. Raises UnsupportedInputError before anything is written.
     """
-    _check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
+    checks.check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
     batch, heads, queries, _ = query.shape
     shape = (batch, heads, queries, layout.value_dim)
     if out is None:
         out = query.new_empty(shape)
     else:
-        _check_out(out, shape, query.dtype, query)
+        checks.check_out(out, shape, query.dtype, query)
     if sinks is not None:
-        _check_sinks(sinks, query)
+        checks.check_sinks(sinks, query)
     if query_start is None:
         query_start = kv_tokens - queries
     kernel = chosen_kernel()
-    if not _runs_compiled(kernel, query, blocks, layout, bias, softcap):
+    if not _runs_compiled(kernel, query, layout, bias):
         state = RunningState.begin(query, layout.value_dim)
-        reference.attend_blocks(
+        attend_blocks(
             state,
             query,
             blocks,
@@ -170,6 +170,7 @@ def paged_attention(
         causal,
         starts,
         mask,
+        softcap,
         None,
         (out.data_ptr(), *out.stride(), lse.data_ptr(), _pointer(sinks)),
     )
@@ -198,12 +199,12 @@ def attend_blocks(
     Calls over consecutive pieces of a table, in block order, followed by `finish_attention`, give
     the bits of one `paged_attention` over the whole table.
     """
-    _check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
-    _check_state(state, query, layout)
+    checks.check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
+    checks.check_state(state, query, layout)
     if query_start is None:
         query_start = kv_tokens - query.shape[2]
     kernel = chosen_kernel()
-    if not _runs_compiled(kernel, query, blocks, layout, bias, softcap):
+    if not _runs_compiled(kernel, query, layout, bias):
         reference.attend_blocks(
             state,
             query,
@@ -234,6 +235,7 @@ def attend_blocks(
         causal,
         starts,
         mask,
+        softcap,
         (state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
         None,
     )
@@ -254,9 +256,9 @@ def finish_attention(
     if out is None:
         out = state.acc.new_empty(shape, dtype=dtype)
     else:
-        _check_out(out, shape, dtype or out.dtype, state.acc)
+        checks.check_out(out, shape, dtype or out.dtype, state.acc)
     if sinks is not None:
-        _check_sinks(sinks, state.acc)
+        checks.check_sinks(sinks, state.acc)
     kernel = chosen_kernel()
     if (
         kernel.core is None
@@ -280,7 +282,7 @@ def finish_attention(
 
 
 def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionState:
-    """The attention state over the positions of both; float32. Each position in one of them only."""
+    """The attention state over the positions of both, which share none; float32."""
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
         raise UnsupportedInputError(
             f"merge_attention_states: a has out {list(a.out.shape)} and lse {list(a.lse.shape)}, "
@@ -294,14 +296,11 @@ def not_supported_reasons(
     layout: BlockLayout,
     *,
     bias: Tensor | None = None,
-    softcap: float | None = None,
 ) -> list[str]:
     """Why the compiled core cannot attend this, all reasons; empty if it can."""
     reasons = []
     if bias is not None:
         reasons.append("an additive bias")
-    if softcap is not None:
-        reasons.append("soft-capped scores")
     if not query.is_cpu:
         reasons.append(f"query on device {query.device}, expected cpu")
     if layout.dtype not in DTYPE_NUMBERS:
@@ -320,14 +319,12 @@ def not_supported_reasons(
 def _runs_compiled(
     kernel: Kernel,
     query: Tensor,
-    blocks: Tensor,
     layout: BlockLayout,
     bias: Tensor | None,
-    softcap: float | None,
 ) -> bool:
     if kernel.core is None:
         return False
-    return not not_supported_reasons(query, layout, bias=bias, softcap=softcap)
+    return not not_supported_reasons(query, layout, bias=bias)
 
 
 def _attend_compiled(
@@ -343,10 +340,11 @@ def _attend_compiled(
     causal: bool,
     starts: Tensor | None,
     mask: Tensor | None,
+    softcap: float | None,
     state: tuple[int, ...] | None,
     out: tuple[int, ...] | None,
 ) -> None:
-    """Hand raw pointers and strides (in elements) to the core; `state` or `out` says what it does."""
+    """Hand raw pointers and strides to the core, which writes to `state` or to `out`."""
     assert kernel.core is not None
     try:
         kernel.core.attend(
@@ -367,6 +365,7 @@ def _attend_compiled(
             query_start,
             causal,
             scale,
+            softcap or 0.0,
             0 if starts is None else starts.data_ptr(),
             None if mask is None else _mask_pointer(mask),
             state,
@@ -379,7 +378,9 @@ def _attend_compiled(
 
 def _mask_pointer(mask: Tensor) -> tuple[int, ...]:
     """Address and strides of a mask; a broadcast dimension has stride 0."""
-    strides = (0 if size == 1 else step for size, step in zip(mask.shape, mask.stride()))
+    strides = (
+        0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)
+    )
     return (mask.data_ptr(), *strides)
 
 
@@ -389,150 +390,3 @@ def _pointer(tensor: Tensor | None) -> int:
 
 def _as_float32(sinks: Tensor | None) -> Tensor | None:
     return None if sinks is None else sinks.detach().to(torch.float32).contiguous()
-
-
-# Checks. Each says what, got and expected; order: cheap ones that catch most first.
-
-
-def _refuse(what: str, got: object, expected: object) -> None:
-    raise UnsupportedInputError(f"{what}: got {got}, expected {expected}")
-
-
-def _check_blocks(blocks: Tensor, table: Tensor, layout: BlockLayout, batch: int) -> None:
-    if blocks.dtype != torch.uint8 or blocks.dim() != 2:
-        _refuse("blocks", f"{blocks.dtype} {list(blocks.shape)}", "uint8 [slots, block bytes]")
-    if blocks.shape[1] < layout.data_bytes or blocks.stride(1) != 1:
-        _refuse(
-            "blocks [slots, block bytes]",
-            f"{list(blocks.shape)} with strides {blocks.stride()}",
-            f"contiguous rows of {layout.num_bytes} bytes ({layout})",
-        )
-    if table.dtype != torch.int32 or table.dim() != 2 or table.shape[0] != batch:
-        _refuse(
-            "table", f"{table.dtype} {list(table.shape)}", f"int32 [batch {batch}, num_blocks]"
-        )
-    if table.stride(1) != 1 and table.shape[1] > 1:
-        _refuse("table strides", table.stride(), "a contiguous last dimension")
-    if table.device != blocks.device:
-        _refuse("table device", table.device, f"that of the blocks, {blocks.device}")
-
-
-def _check_attention(
-    query: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
-    kv_tokens: int,
-    first_token: int,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    if query.dim() != 4 or query.shape[3] != layout.key_dim:
-        _refuse(
-            "query",
-            list(query.shape),
-            f"[batch, heads, queries, key_dim {layout.key_dim}]",
-        )
-    batch, heads, queries, _ = query.shape
-    if heads % layout.kv_heads != 0 or heads == 0:
-        _refuse("query heads", heads, f"a multiple of kv_heads {layout.kv_heads}")
-    if not query.is_floating_point():
-        _refuse("query dtype", query.dtype, "a floating-point type")
-    _check_blocks(blocks, table, layout, batch)
-    if query.device != blocks.device:
-        _refuse("query device", query.device, f"that of the blocks, {blocks.device}")
-    if first_token < 0 or first_token % layout.block_tokens != 0:
-        _refuse("first_token", first_token, f"a multiple of block_tokens {layout.block_tokens}")
-    if kv_tokens < 0:
-        _refuse("kv_tokens", kv_tokens, "0 or more")
-    if starts is not None and (
-        starts.dtype != torch.int32 or starts.shape != (batch,) or not starts.is_contiguous()
-    ):
-        _refuse("starts", f"{starts.dtype} {list(starts.shape)}", f"int32 [batch {batch}]")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            _refuse("mask dtype", mask.dtype, "bool, True = attend (additive masks go in bias)")
-        _check_broadcast("mask", mask, batch, heads, queries, kv_tokens)
-    if bias is not None:
-        if not bias.is_floating_point():
-            _refuse("bias dtype", bias.dtype, "a floating-point type")
-        _check_broadcast("bias", bias, batch, heads, queries, kv_tokens)
-
-
-def _check_broadcast(
-    what: str, mask: Tensor, batch: int, heads: int, queries: int, kv_tokens: int
-) -> None:
-    if (
-        mask.dim() != 4
-        or mask.shape[0] not in (1, batch)
-        or mask.shape[1] not in (1, heads)
-        or mask.shape[2] not in (1, queries)
-        or mask.shape[3] < kv_tokens
-    ):
-        _refuse(
-            what,
-            list(mask.shape),
-            f"[batch {batch} or 1, heads {heads} or 1, queries {queries} or 1, "
-            f"at least kv_tokens {kv_tokens}]",
-        )
-
-
-def _check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None:
-    rows = query.shape[:3]
-    expected = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if state.acc.shape != (*rows, layout.value_dim) or state.acc.dtype != expected:
-        _refuse(
-            "state",
-            f"{state.acc.dtype} {list(state.acc.shape)}",
-            f"{expected} [batch, heads, queries, value_dim] = {[*rows, layout.value_dim]}",
-        )
-    if not (state.acc.is_contiguous() and state.max.is_contiguous() and state.sum.is_contiguous()):
-        _refuse("state strides", state.acc.stride(), "contiguous tensors")
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    if out.shape != shape or out.dtype != dtype or out.device != like.device:
-        _refuse(
-            "out",
-            f"{out.dtype} {list(out.shape)} on {out.device}",
-            f"{dtype} [batch, heads, queries, value_dim] = {list(shape)} on {like.device}",
-        )
-
-
-def _check_sinks(sinks: Tensor, like: Tensor) -> None:
-    if sinks.shape != (like.shape[1],) or sinks.device != like.device:
-        _refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
-
-
-def _check_append(
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
-    start_token: int,
-) -> None:
-    for what, new, dim in (("keys", keys, layout.key_dim), ("values", values, layout.value_dim)):
-        if new.dim() != 4 or new.shape[1] != layout.kv_heads or new.shape[3] != dim:
-            _refuse(
-                what, list(new.shape), f"[batch, kv_heads {layout.kv_heads}, tokens, dim {dim}]"
-            )
-        if new.dtype != layout.dtype or new.device != blocks.device:
-            _refuse(
-                what, f"{new.dtype} on {new.device}", f"{layout.dtype} on {blocks.device}"
-            )
-    if keys.shape[:3] != values.shape[:3]:
-        _refuse(
-            "values [batch, kv_heads, tokens]", list(values.shape[:3]), list(keys.shape[:3])
-        )
-    _check_blocks(blocks, table, layout, keys.shape[0])
-    if start_token < 0:
-        _refuse("start_token", start_token, "0 or more")
-    needed = layout.num_blocks(start_token % layout.block_tokens + keys.shape[2])
-    if table.shape[1] < needed:
-        _refuse(
-            "table num_blocks",
-            table.shape[1],
-            f"at least {needed} for {keys.shape[2]} tokens from position {start_token}",
-        )

@@ -1,4 +1,4 @@
-"""The contract of a tier: `Tier`, the `Transfer` its reads and writes return, the `Budget` it keeps.
+"""The contract of a tier: `Tier`, the `Transfer` of its reads and writes, its `Budget`.
 
     allocate  a slot, or None when the budget has no room
     write     store blocks into slots; returns a Transfer
@@ -6,8 +6,8 @@
     free      give a slot back
     close     give everything back
 
-A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers it, and the contract
-tests run over every registered tier.
+A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers it, and the
+contract tests run over every registered tier.
 """
 
 import os
@@ -18,12 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from hf_tiered_cache.errors import (
-    ClosedCacheError,
-    ConfigError,
-    TierIOError,
-    UnsupportedInputError,
-)
+from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 
 
@@ -61,9 +56,7 @@ class Budget:
         return self.limit_bytes - self.used_bytes
 
     def __repr__(self) -> str:
-        return (
-            f"Budget({self.name!r}, used {self.used_bytes} of {self.limit_bytes} bytes)"
-        )
+        return f"Budget({self.name!r}, used {self.used_bytes} of {self.limit_bytes} bytes)"
 
 
 class Transfer:
@@ -76,15 +69,7 @@ class Transfer:
     transfer any more, whether it is done or failed. Waiting on a ready transfer takes no lock.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_error",
-        "_is_ready",
-        "_latch",
-        "_lock",
-        "_open_parts",
-        "_pid",
-    )
+    __slots__ = ("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid")
 
     def __init__(self, num_parts: int = 1) -> None:
         self._open_parts = num_parts
@@ -92,9 +77,7 @@ class Transfer:
         self._is_ready = num_parts == 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._latch = (
-            threading.Lock()
-        )  # held until the last part ends; waiters queue on it
+        self._latch = threading.Lock()  # held until the last part ends; waiters queue on it
         if not self._is_ready:
             self._latch.acquire()
 
@@ -114,10 +97,11 @@ class Transfer:
                 pass
         if self._error is not None:
             # A fresh exception: one raised twice would grow its traceback and be shared by threads.
-            raise TierIOError(*self._error.args) from self._error.__cause__
+            message = self._error.strerror or str(self._error)
+            raise io_error(self._error.errno, message) from self._error.__cause__
 
     def end_part(self, error: TierIOError | None = None) -> None:
-        """Record that one part ended, failed if `error` is given. For tiers; the first error wins."""
+        """One part ended, failed if `error` is given. For tiers; the first error wins."""
         with self._lock:
             assert self._open_parts > 0, "a transfer ended more often than it has parts"
             self._error = self._error or error
@@ -213,12 +197,22 @@ class Tier(ABC):
         """Give back memory, files, threads and budget. Idempotent."""
 
 
+def io_error(code: int | None, message: str) -> TierIOError:
+    """A TierIOError with its `errno` set; printed as `[Errno 5] message`.
+
+    Both are set by hand, because RuntimeError comes before OSError among the bases of TierIOError
+    and does not know them.
+    """
+    error = TierIOError(message)
+    error.errno = code
+    error.strerror = message
+    return error
+
+
 def tier_class(name: str) -> type[Tier]:
     """The tier registered as `name`. Raises ConfigError, listing the names, when there is none."""
     if name not in Tier.registry:
-        raise ConfigError(
-            f"unknown tier {name!r}; known tiers: {', '.join(sorted(Tier.registry))}"
-        )
+        raise ConfigError(f"unknown tier {name!r}; known tiers: {', '.join(sorted(Tier.registry))}")
     return Tier.registry[name]
 
 
@@ -230,10 +224,8 @@ def check_block_bytes(block_bytes: int) -> None:
         )
 
 
-def check_blocks(
-    slots: Sequence[int], blocks: Sequence[torch.Tensor], block_bytes: int
-) -> None:
-    """Raise UnsupportedInputError, with every reason, unless each block is uint8 `[block_bytes]`."""
+def check_blocks(slots: Sequence[int], blocks: Sequence[torch.Tensor], block_bytes: int) -> None:
+    """Raise UnsupportedInputError, with every reason, unless all are uint8 `[block_bytes]`."""
     if len(slots) != len(blocks):
         raise UnsupportedInputError(f"got {len(slots)} slots but {len(blocks)} tensors")
     reasons = [

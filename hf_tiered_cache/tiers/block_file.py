@@ -1,7 +1,7 @@
 """The only place that touches the operating system for blocks on disk.
 
-`BlockFile` is one unnamed file: it has no path, so a killed process leaves nothing behind. Its calls
-are single system calls that may come up short or raise OSError; `full_transfer` is what makes them
+`BlockFile` is one unnamed file: it has no path, so a killed process leaves nothing behind. Its
+calls are single system calls that may come up short or raise OSError; `full_transfer` makes them
 whole. Tests put faults between the two.
 """
 
@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
 
@@ -22,17 +23,11 @@ logger = logging.getLogger(__name__)
 
 FILE_MODE = 0o600
 # What a file system answers that has no unnamed files, or no direct I/O.
-_UNSUPPORTED = {
-    errno.EOPNOTSUPP,
-    errno.EISDIR,
-    errno.EINVAL,
-    errno.ENOENT,
-    errno.ENOSYS,
-}
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
 
 
 class BlockFile:
-    """An unnamed read-write file, readable by its owner only, with a buffered and a direct entrance.
+    """An unnamed read-write file of mode 0600 with a buffered and a direct entrance.
 
     `has_direct`: whether `direct=True` may be asked for. Direct I/O needs offsets, lengths and
     memory in multiples of 4096. Calls may come from any thread; `close()` waits for none of them:
@@ -46,8 +41,13 @@ class BlockFile:
         self._lock = threading.Lock()
         self._is_closed = False
         self._direct_fd: int | None = None
+        descriptors: list[int] = []
+        # Closes them in every case, also when this constructor or the owner's fails half-way.
+        self._close_descriptors = weakref.finalize(self, _close_all, descriptors)
         try:
             self._fd = _open_unnamed(directory)
+            descriptors.append(self._fd)
+            os.fchmod(self._fd, FILE_MODE)
         except OSError as error:
             raise ConfigError(
                 f"cannot make a file in {directory!r}: {error.strerror}; choose another folder with"
@@ -57,26 +57,24 @@ class BlockFile:
             self._direct_fd = _open_direct(self._fd)
             if self._direct_fd is None:
                 _say_no_direct(directory)
+            else:
+                descriptors.append(self._direct_fd)
 
     @property
     def has_direct(self) -> bool:
         """Whether the file system takes direct I/O."""
         return self._direct_fd is not None
 
-    def pread_into(
-        self, buffers: list[memoryview], offset: int, *, direct: bool
-    ) -> int:
+    def pread_into(self, buffers: list[memoryview], offset: int, *, direct: bool) -> int:
         """Fill `buffers`, one after the other, from `offset`; the bytes read, maybe fewer."""
         return self._call(os.preadv, buffers, offset, direct)
 
-    def pwrite_from(
-        self, buffers: list[memoryview], offset: int, *, direct: bool
-    ) -> int:
+    def pwrite_from(self, buffers: list[memoryview], offset: int, *, direct: bool) -> int:
         """Store `buffers`, one after the other, at `offset`; the bytes written, maybe fewer."""
         return self._call(os.pwritev, buffers, offset, direct)
 
     def reserve(self, offset: int, num_bytes: int) -> None:
-        """Get disk space for `[offset, offset + num_bytes)`, where the file system can promise it."""
+        """Get disk space for `[offset, offset + num_bytes)`, if the file system can promise it."""
         if not hasattr(os, "posix_fallocate"):
             return
         self._enter()
@@ -131,11 +129,6 @@ class BlockFile:
                 return
         self._close_descriptors()
 
-    def _close_descriptors(self) -> None:
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
-        os.close(self._fd)
-
 
 def full_transfer(
     call: Callable[..., int], buffers: list[memoryview], offset: int, *, direct: bool
@@ -154,9 +147,7 @@ def full_transfer(
             num_bytes -= num_bytes % ALIGNMENT_BYTES
         if num_bytes <= 0:
             left = sum(len(buffer) for buffer in buffers)
-            raise OSError(
-                errno.EIO, f"nothing more went through at byte {offset}, {left} missing"
-            )
+            raise OSError(errno.EIO, f"nothing more went through at byte {offset}, {left} missing")
         offset += num_bytes
         buffers = _without_first(buffers, num_bytes)
 
@@ -171,7 +162,7 @@ def _without_first(buffers: list[memoryview], num_bytes: int) -> list[memoryview
 
 
 def _open_unnamed(directory: str) -> int:
-    """A descriptor of a new file without a name, mode 0600 whatever the umask."""
+    """A descriptor of a new file without a name."""
     flags = getattr(os, "O_TMPFILE", None)
     fd = -1
     if flags is not None:
@@ -183,8 +174,12 @@ def _open_unnamed(directory: str) -> int:
     if fd < 0:  # a name for the moment between these two lines
         fd, path = tempfile.mkstemp(prefix=".hf_tiered_cache.", dir=directory)
         os.unlink(path)
-    os.fchmod(fd, FILE_MODE)
     return fd
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _open_direct(fd: int) -> int | None:
@@ -201,10 +196,7 @@ def _open_direct(fd: int) -> int | None:
         with mmap.mmap(-1, ALIGNMENT_BYTES) as page:
             # At the second page: a file system with larger sectors refuses that offset.
             done = os.pwritev(direct_fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
-            done = (
-                done
-                and os.preadv(direct_fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
-            )
+            done = done and os.preadv(direct_fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
         os.ftruncate(fd, 0)
         if done:
             return direct_fd

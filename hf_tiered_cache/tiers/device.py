@@ -7,28 +7,20 @@ physical. On any other torch device it is one allocation of the whole budget, ma
 import contextlib
 import mmap
 import platform
+import weakref
 from collections.abc import Sequence
 
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError
-from hf_tiered_cache.tiers.base import (
-    DONE,
-    Budget,
-    Tier,
-    Transfer,
-    check_block_bytes,
-    check_blocks,
-)
+from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, check_block_bytes, check_blocks
 from hf_tiered_cache.tiers.slots import SlotPool
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 # Missing from the mmap module before Python 3.13; the value is that of the machines named.
 _MAP_NORESERVE = getattr(
-    mmap,
-    "MAP_NORESERVE",
-    0x4000 if platform.machine() in ("x86_64", "aarch64", "riscv64") else 0,
+    mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64", "riscv64") else 0
 )
 
 
@@ -55,9 +47,7 @@ class DeviceTier(Tier, name="device"):
         self._slab: torch.Tensor | None
         if self.device.type == "cpu":
             max_slots, step_slots = budget.limit_bytes // block_bytes, 1
-            self._mapping, self._slab = _virtual_slab(
-                max_slots, block_bytes, budget.name
-            )
+            self._mapping, self._slab = _virtual_slab(max_slots, block_bytes, budget.name)
         else:  # all allocated now, so all accounted for at once
             max_slots = step_slots = budget.free_bytes // block_bytes
             self._slab = torch.empty(
@@ -66,6 +56,7 @@ class DeviceTier(Tier, name="device"):
         self._pool = SlotPool(
             block_bytes, budget, self.name, step_slots=step_slots, max_slots=max_slots
         )
+        self._finalizer = weakref.finalize(self, self._pool.close)
         if self.device.type != "cpu":
             first = self._pool.allocate()
             if first is not None:
@@ -73,7 +64,7 @@ class DeviceTier(Tier, name="device"):
 
     @property
     def slab(self) -> torch.Tensor:
-        """uint8 `[max_slots, block_bytes]`; rows are blocks. Raises ClosedCacheError after close."""
+        """uint8 `[max_slots, block_bytes]`, a block a row. Raises ClosedCacheError once closed."""
         if self._slab is None:
             raise ClosedCacheError("the device tier is closed; make a new cache")
         return self._slab
@@ -129,7 +120,7 @@ class DeviceTier(Tier, name="device"):
     def close(self) -> None:
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
         self._slab = None
-        self._pool.close()
+        self._finalizer()
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
             # Not mapping.close(): torch.frombuffer does not lock the mapping, so a view that is
@@ -143,7 +134,7 @@ class DeviceTier(Tier, name="device"):
 def _virtual_slab(
     num_slots: int, block_bytes: int, budget_name: str
 ) -> tuple[mmap.mmap | None, torch.Tensor]:
-    """Map uint8 `[num_slots, block_bytes]`, physical only where touched, on a huge page boundary."""
+    """Map uint8 `[num_slots, block_bytes]` on a huge page boundary, physical where touched."""
     if num_slots == 0:
         return None, torch.empty((0, block_bytes), dtype=torch.uint8)
     num_bytes = num_slots * block_bytes
@@ -158,9 +149,7 @@ def _virtual_slab(
             f"cannot map {num_bytes} bytes of memory ({error}); lower {budget_name}_bytes"
         ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(
-            OSError
-        ):  # a kernel without huge pages: slower, not wrong
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
             mapping.madvise(mmap.MADV_HUGEPAGE)
     address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
     slab = torch.frombuffer(

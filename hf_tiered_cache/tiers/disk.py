@@ -5,25 +5,14 @@ The checksums live in memory: the file outlives nothing, so nothing needs to be 
 
 import math
 import os
-import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import psutil
 import torch
 
-from hf_tiered_cache.errors import (
-    ClosedCacheError,
-    ConfigError,
-    UnsupportedInputError,
-)
-from hf_tiered_cache.tiers.base import (
-    DONE,
-    Budget,
-    Tier,
-    Transfer,
-    check_block_bytes,
-    check_blocks,
-)
+from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
+from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, check_block_bytes, check_blocks
 from hf_tiered_cache.tiers.block_file import BlockFile
 from hf_tiered_cache.tiers.io_threads import IOThreads
 from hf_tiered_cache.tiers.record_jobs import ReadRecords, WriteRecords, reserve_records
@@ -33,9 +22,7 @@ from hf_tiered_cache.tiers.slots import SlotPool
 IO_MODES = ("auto", "direct", "buffered")
 PIECE_BYTES = 1024 * 1024  # neighbouring records are read in one call up to this size
 STEP_BYTES = 64 * 1024 * 1024  # disk space is reserved this far ahead ...
-STEPS_PER_BUDGET = (
-    32  # ... but at most this part of the budget, which other files may share
-)
+STEPS_PER_BUDGET = 32  # ... but at most this part of the budget, which other files may share
 
 
 class DiskTier(Tier, name="disk"):
@@ -65,24 +52,24 @@ class DiskTier(Tier, name="disk"):
         io: str = "auto",
         num_threads: int = 4,
         page_cache_bytes: int | None = None,
+        open_file: type[BlockFile] = BlockFile,
     ) -> None:
         """page_cache_bytes: default a quarter of the memory that is available now.
+        open_file: where tests put faults.
 
         Raises ConfigError when the folder is missing, not writable, or has less free space than the
         budget has left.
         """
         check_block_bytes(block_bytes)
         if io not in IO_MODES:
-            raise ConfigError(
-                f"unknown io mode {io!r}; expected one of {', '.join(IO_MODES)}"
-            )
+            raise ConfigError(f"unknown io mode {io!r}; expected one of {', '.join(IO_MODES)}")
         if num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; expected 1 or more")
         self.block_bytes = block_bytes
         self.budget = budget
         self.directory = os.fspath(directory)
         _check_directory(self.directory, budget)
-        self._file = file = BlockFile(self.directory, want_direct=io != "buffered")
+        self._file = file = open_file(self.directory, want_direct=io != "buffered")
         if io == "buffered" or not file.has_direct:
             self._first_direct_slot: float = math.inf
         elif io == "direct":
@@ -117,50 +104,16 @@ class DiskTier(Tier, name="disk"):
         self._table.free(slot)
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
-        """Load records; the transfer fails with TierIOError unless every byte is what was stored."""
+        """Load records; the transfer fails (TierIOError) unless every byte is what was stored."""
         self._check_usable()
         self._check_memory(slots, out)
-        if not slots:
-            return DONE
-        self._threads.start()
-        self._table.begin_read(slots)
-        pieces = self._pieces(slots)
-        transfer = Transfer(len(pieces))
-        for start, stop in pieces:
-            self._threads.submit(
-                ReadRecords(
-                    self._file,
-                    self._table,
-                    transfer,
-                    slots[start:stop],
-                    out[start:stop],
-                    direct=slots[start] >= self._first_direct_slot,
-                )
-            )
-        return transfer
+        return self._start(ReadRecords, self._table.begin_read, slots, out)
 
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
-        """Store records. A failed transfer leaves those of its records readable that were stored."""
+        """Store records. Of a failed transfer, those records that were stored stay readable."""
         self._check_usable()
         self._check_memory(slots, data)
-        if not slots:
-            return DONE
-        self._threads.start()
-        self._table.begin_write(slots)
-        pieces = self._pieces(slots)
-        transfer = Transfer(len(pieces))
-        for start, stop in pieces:
-            self._threads.submit(
-                WriteRecords(
-                    self._file,
-                    self._table,
-                    transfer,
-                    slots[start:stop],
-                    data[start:stop],
-                    direct=slots[start] >= self._first_direct_slot,
-                )
-            )
-        return transfer
+        return self._start(WriteRecords, self._table.begin_write, slots, data)
 
     @property
     def used_slots(self) -> int:
@@ -193,15 +146,47 @@ class DiskTier(Tier, name="disk"):
                 " a new cache after fork()"
             )
 
-    def _check_memory(
-        self, slots: Sequence[int], blocks: Sequence[torch.Tensor]
-    ) -> None:
+    def _check_memory(self, slots: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
         check_blocks(slots, blocks, self.block_bytes)
         for slot, block in zip(slots, blocks, strict=True):
             if block.device.type != "cpu":
                 raise UnsupportedInputError(
                     f"slot {slot}: the disk moves cpu memory, got a tensor on {block.device}"
                 )
+
+    def _start(
+        self,
+        job: type[ReadRecords] | type[WriteRecords],
+        begin: Callable[[Sequence[int]], None],
+        slots: Sequence[int],
+        blocks: Sequence[torch.Tensor],
+    ) -> Transfer:
+        """Queue one job per piece."""
+        if not slots:
+            return DONE
+        self._threads.start()
+        pieces = self._pieces(slots)
+        transfer = Transfer(len(pieces))
+        jobs = [
+            job(
+                self._file,
+                self._table,
+                transfer,
+                slots[start:stop],
+                blocks[start:stop],
+                direct=slots[start] >= self._first_direct_slot,
+            )
+            for start, stop in pieces
+        ]
+        begin(slots)
+        try:
+            for piece in jobs:
+                self._threads.submit(piece)
+        except BaseException:  # Ctrl-C: nobody may wait for a piece that was never queued
+            for piece in jobs:
+                piece.cancel()
+            raise
+        return transfer
 
     def _pieces(self, slots: Sequence[int]) -> list[tuple[int, int]]:
         """Index ranges of `slots` that one system call can move: neighbours, up to PIECE_BYTES."""
@@ -221,33 +206,21 @@ class DiskTier(Tier, name="disk"):
 
 
 def available_memory_bytes() -> int:
-    """Memory that could be used without swapping, as the kernel or the container's limit says."""
-    available = sys.maxsize
+    """Memory that could be used without swapping, as the machine or the container's limit says."""
+    available = psutil.virtual_memory().available
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    available = int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as text:
-            limit = text.read().strip()
-        return available if limit == "max" else min(available, int(limit))
-    except OSError:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            return min(available, int(limit.read()))
+    except (OSError, ValueError):  # no container, or "max"
         return available
 
 
 def _check_directory(directory: str, budget: Budget) -> None:
     """Raise ConfigError unless the folder exists, is writable and has room for the budget."""
     if not os.path.isdir(directory):
-        raise ConfigError(
-            f"disk_dir {directory!r} is not a folder; make it or choose another"
-        )
+        raise ConfigError(f"disk_dir {directory!r} is not a folder; make it or choose another")
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"disk_dir {directory!r} is not writable; choose another folder"
-        )
+        raise ConfigError(f"disk_dir {directory!r} is not writable; choose another folder")
     space = os.statvfs(directory)
     free_bytes = space.f_bavail * space.f_frsize
     if budget.free_bytes > free_bytes:
@@ -257,9 +230,7 @@ def _check_directory(directory: str, budget: Budget) -> None:
         )
 
 
-def _shut_down(
-    pid: int, threads: IOThreads, table: RecordTable, file: BlockFile
-) -> None:
+def _shut_down(pid: int, threads: IOThreads, table: RecordTable, file: BlockFile) -> None:
     """Close everything of a tier. Must not refer to the tier: its finalizer holds this."""
     if os.getpid() != pid:
         file.close_after_fork()

@@ -42,9 +42,7 @@ class IOThreads:
             )
             try:
                 thread.start()
-            except (
-                RuntimeError
-            ):  # the process may have no more threads: fewer do as well
+            except RuntimeError:  # the process may have no more threads: fewer do as well
                 if not self._threads:
                     raise
                 self._num_threads = len(self._threads)
@@ -53,9 +51,7 @@ class IOThreads:
 
     def submit(self, job: Job) -> None:
         """Queue `job`; legal between `start()` and `close()`."""
-        assert self._threads and not self._stop.is_set(), (
-            "a job without threads to do it"
-        )
+        assert self._threads and not self._stop.is_set(), "a job without threads to do it"
         self._jobs.put(job)
 
     def close(self) -> None:
@@ -70,9 +66,7 @@ class IOThreads:
         self._threads = []
 
 
-def _work(
-    jobs: "queue.SimpleQueue[Job | None]", is_stopping: Callable[[], bool]
-) -> None:
+def _work(jobs: "queue.SimpleQueue[Job | None]", is_stopping: Callable[[], bool]) -> None:
     while (job := jobs.get()) is not None:
         if is_stopping():
             job.cancel()

@@ -1,8 +1,9 @@
-"""What an I/O thread does: move a run of neighbouring records, and make or verify their checksums."""
+"""What an I/O thread does: move a run of neighbouring records, and see to their checksums."""
 
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ import xxhash
 
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
-from hf_tiered_cache.tiers.base import Transfer
+from hf_tiered_cache.tiers.base import Transfer, io_error
 from hf_tiered_cache.tiers.block_file import BlockFile, full_transfer
 from hf_tiered_cache.tiers.records import RecordTable
 
@@ -18,9 +19,12 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 class _RecordsJob:
-    """One part of a transfer: the records of consecutive slots. Ends its part whatever happens."""
+    """One part of a transfer: the records of consecutive slots.
 
-    __slots__ = ("_blocks", "_direct", "_file", "_slots", "_table", "_transfer")
+    Its part ends whatever happens, and once: the first of `run` and `cancel` claims the job.
+    """
+
+    __slots__ = ("_blocks", "_claim", "_direct", "_file", "_slots", "_table", "_transfer")
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class _RecordsJob:
         *,
         direct: bool,
     ) -> None:
+        self._claim = threading.Lock()
         self._file = file
         self._table = table
         self._transfer = transfer
@@ -41,30 +46,30 @@ class _RecordsJob:
 
     def run(self) -> None:
         """Move the records, then end the part."""
+        if not self._claim.acquire(blocking=False):
+            return
         try:
             self._move()
         except TierIOError as error:
             self._end(error)
         except OSError as error:
-            self._end(
-                _failure(self._verb, self._file, self._slots, self._offset, error)
-            )
-        except BaseException as error:  # noqa: BLE001 - goes to whoever waits for the transfer
-            failure = TierIOError(
-                f"cannot {self._verb} {_names(self._slots)}: {error!r}"
-            )
+            self._end(_failure(self._verb, self._file, self._slots, self._offset, error))
+        except BaseException as error:  # goes to whoever waits for the transfer
+            failure = TierIOError(f"cannot {self._verb} {_names(self._slots)}: {error!r}")
             failure.__cause__ = error
             self._end(failure)
         else:
             self._end(None)
 
     def cancel(self) -> None:
-        """End the part: the tier was closed before its turn came."""
+        """End the part: the tier was closed, or its caller interrupted, before its turn came."""
+        if not self._claim.acquire(blocking=False):
+            return
         self._end(
-            TierIOError(
+            io_error(
                 errno.ECANCELED,
-                f"the disk tier was closed before it could {self._verb} {_names(self._slots)};"
-                " wait for transfers before close()",
+                f"the disk tier was closed or interrupted before it could {self._verb}"
+                f" {_names(self._slots)}; wait for transfers before close()",
             )
         )
 
@@ -87,18 +92,13 @@ class _RecordsJob:
 
     def _needs_copy(self) -> bool:
         """Whether direct I/O would refuse this memory."""
-        return self._direct and any(
-            block.data_ptr() % ALIGNMENT_BYTES for block in self._blocks
-        )
+        return self._direct and any(block.data_ptr() % ALIGNMENT_BYTES for block in self._blocks)
 
     def _aligned_views(self) -> list[memoryview]:
         """Aligned memory of the same size, for the time of one job."""
         num_bytes = self._blocks[0].numel()
         memory = memoryview(mmap.mmap(-1, num_bytes * len(self._blocks)))
-        return [
-            memory[i * num_bytes : (i + 1) * num_bytes]
-            for i in range(len(self._blocks))
-        ]
+        return [memory[i * num_bytes : (i + 1) * num_bytes] for i in range(len(self._blocks))]
 
 
 class ReadRecords(_RecordsJob):
@@ -112,9 +112,7 @@ class ReadRecords(_RecordsJob):
         for slot in self._slots:
             checksum, failure = self._table.wait_written(slot)
             if failure:
-                raise TierIOError(
-                    f"cannot load record {slot}, it was not stored: {failure}"
-                )
+                raise TierIOError(f"cannot load record {slot}, it was not stored: {failure}")
             checksums.append(checksum)
         blocks = self._views()
         views = self._aligned_views() if self._needs_copy() else blocks
@@ -128,7 +126,7 @@ class ReadRecords(_RecordsJob):
 
     def _corruption(self, index: int, expected: bytes, got: bytes) -> TierIOError:
         num_bytes = self._blocks[0].numel()
-        return TierIOError(
+        return io_error(
             errno.EBADMSG,
             f"record {self._slots[index]} of the unnamed file in {self._file.directory!r} (bytes"
             f" {self._offset + index * num_bytes} and on, {num_bytes} of them) is not what was"
@@ -170,17 +168,11 @@ def reserve_records(file: BlockFile, start: int, stop: int, block_bytes: int) ->
         file.reserve(start * block_bytes, (stop - start) * block_bytes)
     except OSError as error:
         slots = range(start, stop)
-        raise _failure(
-            "reserve space for", file, slots, start * block_bytes, error
-        ) from error
+        raise _failure("reserve space for", file, slots, start * block_bytes, error) from error
 
 
 def _names(slots: Sequence[int]) -> str:
-    return (
-        f"record {slots[0]}"
-        if len(slots) == 1
-        else f"records [{slots[0]}, {slots[-1] + 1})"
-    )
+    return f"record {slots[0]}" if len(slots) == 1 else f"records [{slots[0]}, {slots[-1] + 1})"
 
 
 def _failure(
@@ -194,7 +186,7 @@ def _failure(
     else:
         remedy = "check the disk (the kernel's log says more), or choose another folder: disk_dir"
     code = error.errno or errno.EIO
-    failure = TierIOError(
+    failure = io_error(
         code,
         f"cannot {verb} {_names(slots)} of the unnamed file in {file.directory!r} at byte {offset}:"
         f" {error.strerror or os.strerror(code)}; {remedy}",

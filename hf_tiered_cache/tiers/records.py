@@ -98,9 +98,7 @@ class RecordTable:
         with self._changed:
             for index, slot in enumerate(slots):
                 if self._record(slot).num_transfers:
-                    raise BlockStateError(
-                        _bug(slot, "is written with a transfer under way")
-                    )
+                    raise BlockStateError(_bug(slot, "is written with a transfer under way"))
                 if slot in slots[:index]:
                     raise BlockStateError(_bug(slot, "comes twice in one write"))
             for slot in slots:
@@ -112,22 +110,14 @@ class RecordTable:
         """The bytes of `slot` are in the file."""
         with self._changed:
             record = self._records[slot]
-            record.state, record.checksum, record.failure = (
-                RecordState.STORED,
-                checksum,
-                "",
-            )
+            record.state, record.checksum, record.failure = (RecordState.STORED, checksum, "")
             self._changed.notify_all()
 
     def not_written(self, slot: int, failure: str) -> None:
         """The write of `slot` failed: nobody knows what is in the file."""
         with self._changed:
             record = self._records[slot]
-            record.state, record.checksum, record.failure = (
-                RecordState.FAILED,
-                b"",
-                failure,
-            )
+            record.state, record.checksum, record.failure = (RecordState.FAILED, b"", failure)
             self._changed.notify_all()
 
     def wait_written(self, slot: int) -> tuple[bytes, str]:
@@ -146,7 +136,7 @@ class RecordTable:
             for slot in slots:
                 record = self._records[slot]
                 record.num_transfers -= 1
-                if record.is_retired and record.num_transfers == 0:
+                if record.is_retired and record.num_transfers == 0 and not self._is_closing:
                     self._num_retired -= 1
                     del self._records[slot]
                     self._pool.free(slot)
@@ -159,10 +149,11 @@ class RecordTable:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Release the budget, once no transfer is under way. Idempotent."""
+        """Release the budget; after `stop_waiting`. Idempotent.
+
+        The records stay: a transfer that is still under way ends in them.
+        """
         with self._changed:
-            self._records.clear()
-            self._num_retired = 0
             self._pool.close()
 
     def _record(self, slot: int) -> Record:

@@ -23,7 +23,7 @@ class SlotPool:
         *,
         step_slots: int = 1,
         max_slots: int | None = None,
-        commit: Callable[[int, int], None] = lambda start, stop: None,
+        commit: Callable[[int, int], None] | None = None,
     ) -> None:
         """step_slots: how many slots to commit at a time, fewer where the budget ends.
 
@@ -34,9 +34,7 @@ class SlotPool:
         self._budget = budget
         self._tier_name = tier_name
         self._step_slots = step_slots
-        self._max_slots = (
-            budget.limit_bytes // block_bytes if max_slots is None else max_slots
-        )
+        self._max_slots = budget.limit_bytes // block_bytes if max_slots is None else max_slots
         self._commit = commit
         self._num_committed = 0
         self._free: list[int] = []  # a heap
@@ -58,13 +56,12 @@ class SlotPool:
         """Slots that could still be handed out."""
         with self._lock:
             room = min(
-                self._max_slots - self._num_committed,
-                self._budget.free_bytes // self._block_bytes,
+                self._max_slots - self._num_committed, self._budget.free_bytes // self._block_bytes
             )
             return len(self._free) + room
 
     def allocate(self) -> int | None:
-        """The lowest free slot; None when the budget is spent. What `commit` raises goes through."""
+        """The lowest free slot; None when the budget is spent. What `commit` raises is raised."""
         with self._lock:
             if not self._free and not self._grow():
                 return None
@@ -106,7 +103,8 @@ class SlotPool:
             if num_slots == 0 or not self._budget.reserve(num_bytes):
                 continue
             try:
-                self._commit(start, start + num_slots)
+                if self._commit is not None:
+                    self._commit(start, start + num_slots)
             except BaseException as error:
                 self._budget.release(num_bytes)
                 if isinstance(error, TierIOError) and num_slots > 1:

@@ -1,0 +1,155 @@
+"""What may be handed to the kernels: each check says what, got and expected.
+
+They run for every layer and token, so they look at shapes, dtypes and strides only; slots are
+checked where they are read, in the core. Nothing has been written when one fails.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.kernels.state import RunningState
+from hf_tiered_cache.layout import BlockLayout
+
+
+def check_attention(
+    query: Tensor,
+    blocks: Tensor,
+    table: Tensor,
+    layout: BlockLayout,
+    kv_tokens: int,
+    first_token: int,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Refuse what `paged_attention` and `attend_blocks` cannot mean."""
+    if query.dim() != 4 or query.shape[3] != layout.key_dim:
+        _refuse(
+            "query",
+            list(query.shape),
+            f"[batch, heads, queries, key_dim {layout.key_dim}]",
+        )
+    batch, heads, queries, _ = query.shape
+    if heads % layout.kv_heads != 0 or heads == 0:
+        _refuse("query heads", heads, f"a multiple of kv_heads {layout.kv_heads}")
+    if query.dtype != layout.dtype and not query.is_floating_point():
+        _refuse("query dtype", query.dtype, "a floating-point type")
+    _check_blocks(blocks, table, layout, batch)
+    if not (query.is_cpu and blocks.is_cpu) and query.device != blocks.device:
+        _refuse("query device", query.device, f"that of the blocks, {blocks.device}")
+    if first_token < 0 or first_token % layout.block_tokens != 0:
+        _refuse("first_token", first_token, f"a multiple of block_tokens {layout.block_tokens}")
+    if kv_tokens < 0:
+        _refuse("kv_tokens", kv_tokens, "0 or more")
+    if starts is not None and (
+        starts.dtype != torch.int32 or starts.shape != (batch,) or not starts.is_contiguous()
+    ):
+        _refuse("starts", f"{starts.dtype} {list(starts.shape)}", f"int32 [batch {batch}]")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            _refuse("mask dtype", mask.dtype, "bool, True = attend (additive masks go in bias)")
+        _check_broadcast("mask", mask, batch, heads, queries, kv_tokens)
+    if bias is not None:
+        if not bias.is_floating_point():
+            _refuse("bias dtype", bias.dtype, "a floating-point type")
+        _check_broadcast("bias", bias, batch, heads, queries, kv_tokens)
+
+
+def check_append(
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    table: Tensor,
+    layout: BlockLayout,
+    start_token: int,
+) -> None:
+    """Refuse what `append_tokens` cannot write."""
+    for what, new, dim in (("keys", keys, layout.key_dim), ("values", values, layout.value_dim)):
+        if new.dim() != 4 or new.shape[1] != layout.kv_heads or new.shape[3] != dim:
+            _refuse(
+                what, list(new.shape), f"[batch, kv_heads {layout.kv_heads}, tokens, dim {dim}]"
+            )
+        if new.dtype != layout.dtype or new.device != blocks.device:
+            _refuse(what, f"{new.dtype} on {new.device}", f"{layout.dtype} on {blocks.device}")
+    if keys.shape[:3] != values.shape[:3]:
+        _refuse("values [batch, kv_heads, tokens]", list(values.shape[:3]), list(keys.shape[:3]))
+    _check_blocks(blocks, table, layout, keys.shape[0])
+    if start_token < 0:
+        _refuse("start_token", start_token, "0 or more")
+    needed = layout.num_blocks(start_token % layout.block_tokens + keys.shape[2])
+    if table.shape[1] < needed:
+        _refuse(
+            "table num_blocks",
+            table.shape[1],
+            f"at least {needed} for {keys.shape[2]} tokens from position {start_token}",
+        )
+
+
+def check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None:
+    """Refuse a running state that does not belong to the query."""
+    rows = query.shape[:3]
+    expected = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if state.acc.shape != (*rows, layout.value_dim) or state.acc.dtype != expected:
+        _refuse(
+            "state",
+            f"{state.acc.dtype} {list(state.acc.shape)}",
+            f"{expected} [batch, heads, queries, value_dim] = {[*rows, layout.value_dim]}",
+        )
+    if not (state.acc.is_contiguous() and state.max.is_contiguous() and state.sum.is_contiguous()):
+        _refuse("state strides", state.acc.stride(), "contiguous tensors")
+
+
+def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """Refuse an output that the result does not fit."""
+    if out.shape != shape or out.dtype != dtype or out.device != like.device:
+        _refuse(
+            "out",
+            f"{out.dtype} {list(out.shape)} on {out.device}",
+            f"{dtype} [batch, heads, queries, value_dim] = {list(shape)} on {like.device}",
+        )
+
+
+def check_sinks(sinks: Tensor, like: Tensor) -> None:
+    """Refuse sinks that are not one per head."""
+    if sinks.shape != (like.shape[1],) or sinks.device != like.device:
+        _refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
+
+
+def _check_blocks(blocks: Tensor, table: Tensor, layout: BlockLayout, batch: int) -> None:
+    if blocks.dtype != torch.uint8 or blocks.dim() != 2:
+        _refuse("blocks", f"{blocks.dtype} {list(blocks.shape)}", "uint8 [slots, block bytes]")
+    if blocks.size(1) < layout.data_bytes or blocks.stride(1) != 1:
+        _refuse(
+            "blocks [slots, block bytes]",
+            f"{list(blocks.shape)} with strides {blocks.stride()}",
+            f"contiguous rows of {layout.num_bytes} bytes ({layout})",
+        )
+    if table.dtype != torch.int32 or table.dim() != 2 or table.size(0) != batch:
+        _refuse("table", f"{table.dtype} {list(table.shape)}", f"int32 [batch {batch}, num_blocks]")
+    if table.stride(1) != 1 and table.size(1) > 1:
+        _refuse("table strides", table.stride(), "a contiguous last dimension")
+    if not (table.is_cpu and blocks.is_cpu) and table.device != blocks.device:
+        _refuse("table device", table.device, f"that of the blocks, {blocks.device}")
+
+
+def _check_broadcast(
+    what: str, mask: Tensor, batch: int, heads: int, queries: int, kv_tokens: int
+) -> None:
+    if (
+        mask.dim() != 4
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[1] not in (1, heads)
+        or mask.shape[2] not in (1, queries)
+        or mask.shape[3] < kv_tokens
+    ):
+        _refuse(
+            what,
+            list(mask.shape),
+            f"[batch {batch} or 1, heads {heads} or 1, queries {queries} or 1, "
+            f"at least kv_tokens {kv_tokens}]",
+        )
+
+
+def _refuse(what: str, got: object, expected: object) -> None:
+    raise UnsupportedInputError(f"{what}: got {got}, expected {expected}")

@@ -1,0 +1,31 @@
+"""Fixtures that many rooms need."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hf_tiered_cache import TieredCache
+
+
+@pytest.fixture
+def make_cache(tmp_path) -> Any:
+    """Builds a `TieredCache` with blocks of 4 tokens and a disk in `tmp_path`, closed at the end.
+
+    `device_blocks`: the device budget in blocks of 4 KiB, the size of a small block.
+    """
+    caches: list[TieredCache] = []
+
+    def make(config: Any = None, device_blocks: int | None = 64, **knobs: Any) -> TieredCache:
+        if device_blocks is not None:
+            knobs.setdefault("device_bytes", device_blocks * 4096)
+        knobs = {"disk_bytes": "8MiB", "disk_dir": tmp_path, "block_tokens": 4, **knobs}
+        caches.append(TieredCache(config, **knobs))
+        return caches[-1]
+
+    yield make
+    for cache in caches:
+        cache.close()
+
+
+MakeCache = Callable[..., TieredCache]

@@ -1,0 +1,95 @@
+"""Threads change nothing: not their number, not callers at once, not a fork."""
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from hf_tiered_cache.kernels import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def large(make_case, queries: int, dtype: torch.dtype):
+    """A case with enough bytes for several threads."""
+    return make_case(
+        batch=2, kv_heads=4, group=4, queries=queries, tokens=1100, block_tokens=64, dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 120])
+def test_number_of_threads_gives_the_same_bits(make_case, kernel, queries, dtype, two_threads):
+    if kernel == "reference":
+        pytest.skip("torch's matmul decides")
+    case = large(make_case, queries, dtype)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results += [case.attend() for _ in range(3)]
+    assert all(torch.equal(result.out, results[0].out) for result in results)
+    assert all(torch.equal(result.lse, results[0].lse) for result in results)
+
+
+def test_calls_from_several_python_threads_at_once(make_case, kernel, two_threads):
+    cases = [large(make_case, queries, torch.bfloat16) for queries in (1, 30)]
+    expected = [case.attend().out for case in cases]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        with ops.use_kernel(kernel):
+            for _ in range(8):
+                if not torch.equal(cases[index].attend().out, expected[index]):
+                    wrong.append(index)
+
+    callers = [threading.Thread(target=call, args=(number % 2,)) for number in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    if kernel != "reference":
+        assert wrong == []
+
+
+def test_the_interpreter_runs_on_during_a_call(make_case, kernel, two_threads):
+    if kernel == "reference":
+        pytest.skip("torch's own matter")
+    case = make_case(kv_heads=4, group=8, queries=600, tokens=1200, block_tokens=64)
+    ticks = 0
+    done = threading.Event()
+
+    def call() -> None:
+        with ops.use_kernel(kernel):
+            case.attend()
+        done.set()
+
+    caller = threading.Thread(target=call)
+    interval = sys.getswitchinterval()
+    caller.start()
+    while not done.is_set():
+        ticks += 1
+    caller.join()
+    assert ticks > 0
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own(make_case, kernel, two_threads):
+    if kernel == "reference":
+        pytest.skip("torch's OpenMP does not survive a fork")
+    case = large(make_case, 1, torch.bfloat16)
+    expected = case.attend().out  # the parent's pool exists now
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if torch.equal(case.attend().out, expected) else 2
+        finally:
+            os._exit(status)
+    for _ in range(3):
+        assert torch.equal(case.attend().out, expected)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

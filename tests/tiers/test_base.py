@@ -1,0 +1,167 @@
+"""Budgets, transfers, the registry."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
+from hf_tiered_cache.tiers import DONE, Budget, DiskTier, Tier, Transfer, tier_class
+from hf_tiered_cache.tiers.base import check_blocks, io_error
+
+
+class TestBudget:
+    def test_is_a_hard_cap(self):
+        budget = Budget("disk", 100)
+        assert budget.reserve(60)
+        assert not budget.reserve(41)
+        assert budget.used_bytes == 60
+        assert budget.reserve(40)
+        assert budget.free_bytes == 0
+
+    def test_remembers_its_peak(self):
+        budget = Budget("disk", 100)
+        budget.reserve(70)
+        budget.release(50)
+        budget.reserve(10)
+        assert (budget.used_bytes, budget.peak_bytes) == (30, 70)
+
+    def test_releasing_more_than_is_used_is_a_bug(self):
+        with pytest.raises(AssertionError):
+            Budget("disk", 100).release(1)
+
+    def test_negative_limit_names_the_knob(self):
+        with pytest.raises(ConfigError, match="disk_bytes is -1"):
+            Budget("disk", -1)
+
+    def test_is_never_exceeded_by_threads(self):
+        budget = Budget("disk", 1000)
+        reserved = []
+
+        def take() -> None:
+            reserved.append(sum(budget.reserve(7) for _ in range(200)))
+
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(reserved) == 1000 // 7
+        assert budget.used_bytes == budget.peak_bytes == 1000 // 7 * 7
+
+
+class TestTransfer:
+    """pending -> done, pending -> failed: every state and transition of the docstring."""
+
+    def test_pending_until_its_last_part_ended(self):
+        transfer = Transfer(2)
+        assert not transfer.is_ready()
+        transfer.end_part()
+        assert not transfer.is_ready()
+        assert repr(transfer) == "Transfer(pending)"
+        transfer.end_part()
+        assert transfer.is_ready()
+        assert repr(transfer) == "Transfer(done)"
+        transfer.wait()
+
+    def test_failed_part_fails_it_once_all_ended(self):
+        transfer = Transfer(2)
+        transfer.end_part(io_error(5, "record 3"))
+        assert not transfer.is_ready()  # the other part still touches memory
+        transfer.end_part()
+        assert transfer.is_ready()
+        assert repr(transfer) == "Transfer(failed)"
+
+    def test_failed_raises_every_time_with_errno(self):
+        transfer = Transfer()
+        transfer.end_part(io_error(28, "record 3"))
+        raised = []
+        for _ in range(3):
+            with pytest.raises(TierIOError, match="record 3") as caught:
+                transfer.wait()
+            raised.append(caught.value)
+        assert {error.errno for error in raised} == {28}
+        assert len({id(error) for error in raised}) == 3  # fresh: no growing traceback
+
+    def test_first_error_wins_and_the_cause_is_kept(self):
+        cause = OSError(5, "device")
+        first = io_error(5, "first")
+        first.__cause__ = cause
+        transfer = Transfer(2)
+        transfer.end_part(first)
+        transfer.end_part(io_error(5, "second"))
+        with pytest.raises(TierIOError, match="first") as caught:
+            transfer.wait()
+        assert caught.value.__cause__ is cause
+
+    def test_all_waiting_threads_go_on(self):
+        transfer = Transfer()
+        gone = threading.Barrier(5)
+        for _ in range(4):
+            threading.Thread(target=lambda: (transfer.wait(), gone.wait(5))).start()
+        transfer.end_part()
+        gone.wait(5)
+
+    def test_more_ends_than_parts_is_a_bug(self):
+        transfer = Transfer()
+        transfer.end_part()
+        with pytest.raises(AssertionError):
+            transfer.end_part()
+
+    def test_done_is_shared_and_ready(self):
+        assert DONE.is_ready()
+        DONE.wait()
+
+    def test_pending_one_does_not_hang_a_forked_child(self):
+        transfer = Transfer()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                transfer.wait()
+            except ClosedCacheError:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+class TestRegistry:
+    def test_a_subclass_with_a_name_is_found(self):
+        assert tier_class("disk") is DiskTier
+        assert DiskTier.name == "disk"
+
+    def test_a_subclass_without_a_name_is_not_registered(self):
+        before = dict(Tier.registry)
+
+        class Nameless(DiskTier):
+            pass
+
+        assert Tier.registry == before
+
+    def test_unknown_name_lists_the_known(self):
+        with pytest.raises(ConfigError, match=r"unknown tier 'tape'.*device, disk"):
+            tier_class("tape")
+
+
+class TestCheckBlocks:
+    def test_every_reason_is_named(self):
+        good = torch.zeros(4096, dtype=torch.uint8)
+        bad = [
+            good,
+            torch.zeros(4096),
+            torch.zeros(8, dtype=torch.uint8),
+            torch.zeros(8192, dtype=torch.uint8)[::2],
+            torch.zeros(1, 4096, dtype=torch.uint8),
+        ]
+        with pytest.raises(UnsupportedInputError) as caught:
+            check_blocks(range(5), bad, 4096)
+        message = str(caught.value)
+        assert "slot 0" not in message
+        assert "slot 1: expected a contiguous uint8 tensor [4096], got float32 [4096]" in message
+        assert "slot 2" in message
+        assert "not contiguous" in message
+        assert "[1, 4096]" in message
+
+    def test_lengths_must_agree(self):
+        with pytest.raises(UnsupportedInputError, match="2 slots but 1 tensors"):
+            check_blocks([0, 1], [torch.zeros(4096, dtype=torch.uint8)], 4096)

@@ -228,16 +228,22 @@ def test_without_a_disk_the_message_says_what_would_help(tmp_path):
 
 
 def test_when_the_disk_is_full_blocks_that_have_a_copy_there_make_room(tmp_path):
+    """Also where another layer, which has no such block, is as full."""
     manager = make_manager(tmp_path, device_blocks=2 + 6, disk_blocks=2)
-    first, second = shadowed_layers(manager, 2)
-    second.append(2 * BLOCK_TOKENS)
-    first.append(4 * BLOCK_TOKENS)  # the device is full; two blocks are stored ahead
+    first, second = layers = shadowed_layers(manager, 2)
+    first.append(2 * BLOCK_TOKENS)
+    second.append(3 * BLOCK_TOKENS)
+    first.append(BLOCK_TOKENS)
     settle(manager)
+    assert [placement(layer.table) for layer in layers] == ["bDD", "bDD"]
     assert manager.tiers[1].num_free() == 0  # no block can be stored any more
-    assert sorted([placement(first.table), placement(second.table)]) == ["DD", "bbDD"]
-    second.append(2 * BLOCK_TOKENS)
-    assert [placement(first.table), placement(second.table)] == ["ddDD", "DDDD"]
-    for layer in (first, second):
+    first.append(BLOCK_TOKENS)
+    assert [placement(layer.table) for layer in layers] == ["dDDD", "bDD"]
+    first.append(BLOCK_TOKENS)
+    assert [placement(layer.table) for layer in layers] == ["dDDDD", "dDD"]
+    with pytest.raises(OutOfBlocksError):
+        first.append(BLOCK_TOKENS)
+    for layer in layers:
         layer.check()
 
 

@@ -92,7 +92,7 @@ def test_materialising_is_told_once_with_the_fix(make_cache, monkeypatch):
         _ = keys.sinh(), values.cosh()
     (message,) = messages
     assert "not bounded by the cache's budgets" in message
-    assert 'model.set_attn_implementation("sdpa")' in message
+    assert "model.set_attn_implementation(" in message
 
 
 @pytest.mark.parametrize("device_blocks", [64, 6])

@@ -213,6 +213,7 @@ def train(minutes: float, seed: int, checkpoint_path: Path, folder: Path, resume
     adamw = torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     # Everything that a resumed run must know.
     progress: dict[str, Any] = {
+        "commands": [],
         "step": 0,
         "seconds": 0.0,
         "tokens": 0,
@@ -225,6 +226,7 @@ def train(minutes: float, seed: int, checkpoint_path: Path, folder: Path, resume
         muon.load_state_dict(saved["muon"])
         adamw.load_state_dict(saved["adamw"])
         progress = saved["progress"]
+    progress["commands"].append(" ".join(["python", "eval/train_tiny_lm.py", *sys.argv[1:]]))
 
     def save() -> None:
         states = {"model": model.state_dict(), "muon": muon.state_dict()}
@@ -317,36 +319,39 @@ def bits_per_byte_by_position(
 
 @torch.inference_mode()
 def hidden_middle(model: PreTrainedModel, tokenizer: Any, num_files: int) -> list[dict[str, Any]]:
-    """Measure the continuation of held-out files with the whole cache and without its middle half.
+    """Measure what follows in held-out files with the whole cache and without its middle half.
 
     Hidden are the cached tokens [n/4, 3n/4), by mask: positions and rotations stay as they were.
+    What follows is once the file's own continuation, once a passage out of the hidden half again.
     """
     rows = []
     for context_tokens in HIDDEN_CONTEXTS:
-        num_tokens = context_tokens + HIDDEN_CONTINUATION_TOKENS
-        files = held_out_files()[:num_files]
-        whole, hidden = [], []
-        for path in tqdm(files, desc="hidden middle", leave=False):
-            ids = _ids(tokenizer, read_files([path]))[:, :num_tokens]
-            cache = DynamicCache(config=model.config)
-            model(input_ids=ids[:, :context_tokens], past_key_values=cache, logits_to_keep=1)
-            middle = (context_tokens // 4, 3 * context_tokens // 4)
-            for hidden_tokens, losses in (((0, 0), whole), (middle, hidden)):
-                logits = _continue(model, cache, ids, context_tokens, hidden_tokens)
-                loss = _next_token_losses(logits, ids[:, context_tokens:]).mean().item()
-                losses.append(loss / math.log(2))
-        differences = [after - before for before, after in zip(whole, hidden, strict=True)]
-        rows.append(
-            {
-                "context_tokens": context_tokens,
-                "files": len(whole),
-                "whole_cache_bits_per_byte": statistics.mean(whole),
-                "hidden_middle_bits_per_byte": statistics.mean(hidden),
-                "difference": statistics.mean(differences),
-                "standard_error": statistics.stdev(differences) / math.sqrt(len(differences)),
-                "files_that_lost": sum(difference > 0 for difference in differences),
-            }
-        )
+        middle = (context_tokens // 4, 3 * context_tokens // 4)
+        repeated = context_tokens // 2 - HIDDEN_CONTINUATION_TOKENS // 2
+        for what_follows, start in (("continuation", context_tokens), ("repetition", repeated)):
+            whole, hidden = [], []
+            for path in tqdm(held_out_files()[:num_files], desc=what_follows, leave=False):
+                ids = _ids(tokenizer, read_files([path]))
+                following_ids = ids[:, start : start + HIDDEN_CONTINUATION_TOKENS]
+                ids = torch.cat((ids[:, :context_tokens], following_ids), dim=1)
+                cache = DynamicCache(config=model.config)
+                model(input_ids=ids[:, :context_tokens], past_key_values=cache, logits_to_keep=1)
+                for hidden_tokens, losses in (((0, 0), whole), (middle, hidden)):
+                    logits = _continue(model, cache, ids, context_tokens, hidden_tokens)
+                    loss = _next_token_losses(logits, following_ids).mean().item()
+                    losses.append(loss / math.log(2))
+            differences = [after - before for before, after in zip(whole, hidden, strict=True)]
+            rows.append(
+                {
+                    "context_tokens": context_tokens,
+                    "what_follows": what_follows,
+                    "files": len(whole),
+                    "whole_cache_bits_per_byte": statistics.mean(whole),
+                    "hidden_middle_bits_per_byte": statistics.mean(hidden),
+                    "difference": statistics.mean(differences),
+                    "standard_error": statistics.stdev(differences) / math.sqrt(len(differences)),
+                }
+            )
     return rows
 
 
@@ -573,7 +578,7 @@ def _continue(
 
 def _training_record(minutes: float, seed: int, progress: dict[str, Any]) -> dict[str, Any]:
     return {
-        "command": " ".join(["python", "eval/train_tiny_lm.py", *sys.argv[1:]]),
+        "commands": progress["commands"],
         "seed": seed,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -638,7 +643,7 @@ it is good for nothing else.
 
 ## Training
 
-`{record["command"]}`, seed {record["seed"]}: {record["minutes"]} minutes, {record["steps"]} steps,
+`{"`, then `".join(record["commands"])}`, seed {record["seed"]}: {record["minutes"]} minutes, {record["steps"]} steps,
 {record["tokens"]} tokens on {record["threads"]} busy CPU threads; Python {record["python"]}, torch
 {record["torch"]}, transformers {record["transformers"]}. The schedule follows the clock, so another
 machine gives other weights. The loss curve is in `training.json`.
@@ -652,7 +657,9 @@ machine gives other weights. The loss curve is in `training.json`.
 ## Held-out files with the middle half of the cache hidden
 
 Bits per byte of the next {HIDDEN_CONTINUATION_TOKENS} tokens; the cached tokens [n/4, 3n/4) are
-masked, positions stay.
+masked, positions stay. What follows is the file's own continuation, or a passage out of the hidden
+half again. On the continuation this model loses little or nothing: what it has learned of code is
+local. Measure a cache's losses with repetitions or with recall.
 
 {tables["hidden_middle"]}
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.utils import logging
 
-from hf_tiered_cache import TieredCache
-from hf_tiered_cache.progress import Timing, generation_progress
+from hf_tiered_cache import TieredCache, generation_progress
+from hf_tiered_cache.progress import Timing
 
 TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"
 # Standard library files the model was not trained on; the last one is in every installation.

@@ -10,7 +10,6 @@ from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     BackwardError,
     BlockStateError,
-    CacheInUseError,
     ClosedCacheError,
     ConfigError,
     KernelUnavailableError,
@@ -21,13 +20,13 @@ from hf_tiered_cache.errors import (
 )
 from hf_tiered_cache.kernels.ops import available_kernels
 from hf_tiered_cache.metrics import CacheStats
+from hf_tiered_cache.progress import generation_progress
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackwardError",
     "BlockStateError",
-    "CacheInUseError",
     "CacheStats",
     "ClosedCacheError",
     "ConfigError",
@@ -41,5 +40,6 @@ __all__ = [
     "available_kernels",
     "disable",
     "enable",
+    "generation_progress",
     "tiered_attention_forward",
 ]

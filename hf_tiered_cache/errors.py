@@ -36,10 +36,6 @@ class ClosedCacheError(TieredCacheError, ValueError):
     """The cache was used after `close()`; make a new one."""
 
 
-class CacheInUseError(TieredCacheError):
-    """A second thread entered a cache while another was inside it; use one cache per thread."""
-
-
 class KernelUnavailableError(TieredCacheError, ImportError):
     """A kernel was forced that was not built or that this processor cannot run."""
 

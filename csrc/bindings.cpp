@@ -92,7 +92,7 @@ AttentionParams attention_params(int dtype, int64_t query, const py::tuple& quer
   p.causal = causal;
   p.scale = scale;
   p.softcap = softcap;
-  p.prefetch_bytes = hf_tiered_cache::prefetch_distance();
+  p.has_prefetch = hf_tiered_cache::wants_prefetch();
   p.starts = pointer<const int32_t>(starts);
   if (!mask.is_none()) {
     const auto numbers = integers<5>(py::reinterpret_borrow<py::tuple>(mask));

@@ -57,7 +57,7 @@ struct AttentionParams {
   bool causal;
   float scale;
   float softcap;           // scores become softcap * tanh(score / softcap); 0: they do not
-  int64_t prefetch_bytes;  // how far ahead to prefetch in software; 0: not at all
+  bool has_prefetch;       // prefetch blocks in software
   const int32_t* starts;  // [batch] or null: first attended position
   const uint8_t* mask;    // by absolute position, non-zero = attend; or null
   int64_t mask_stride[4];
@@ -109,8 +109,8 @@ struct KernelChoice {
 int num_kernels();
 KernelChoice kernel_choice(int number);
 
-// How far ahead software prefetch pays on this processor, in bytes; 0 where it costs.
-int64_t prefetch_distance();
+// Whether software prefetch pays on this processor.
+bool wants_prefetch();
 
 // Throws std::invalid_argument when a slot that would be read or written is outside the slab.
 void check_slots(const AttentionParams& params);

@@ -626,6 +626,7 @@ def _update_json(folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
 def _model_card(record: dict[str, Any]) -> str:
     tables = {name: _markdown(rows) for name, rows in record["tables"].items()}
     steps = _markdown([{"context": "steps"} | record["steps_at_context"]])
+    commands = "\n".join(f"    {command}" for command in record["commands"])
     return f"""# tiny_lm: a byte-level Llama that reads far back
 
 2.85M parameters (4 layers, hidden size 256, 4 heads on 2 kv heads, head_dim 64, RoPE theta 1e7),
@@ -643,9 +644,11 @@ it is good for nothing else.
 
 ## Training
 
-`{"`, then `".join(record["commands"])}`, seed {record["seed"]}: {record["minutes"]} minutes, {record["steps"]} steps,
-{record["tokens"]} tokens on {record["threads"]} busy CPU threads; Python {record["python"]}, torch
-{record["torch"]}, transformers {record["transformers"]}. The schedule follows the clock, so another
+{commands}
+
+Seed {record["seed"]}; {record["minutes"]} minutes, {record["steps"]} steps, {record["tokens"]} tokens on
+{record["threads"]} busy CPU threads; Python {record["python"]}, torch {record["torch"]}, transformers
+{record["transformers"]}. The schedule follows the clock, so another
 machine gives other weights. The loss curve is in `training.json`.
 
 {steps}

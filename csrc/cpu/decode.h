@@ -19,31 +19,24 @@ constexpr int64_t kDecodeMaxRows = 16;
 constexpr int64_t kPartialBytes = 8 << 20;
 // Bytes of keys and values that make an item worth claiming.
 constexpr int64_t kItemBytes = 64 << 10;
-// Tokens whose values stay in the L1 cache while every row passes over them.
-constexpr int64_t kValueTile = 32;
 constexpr int64_t kKeyTile = 64;
+constexpr int64_t kKeyPrefetchBytes = 2048;
+// Tokens (an even number) whose values, 8 KiB, stay in the L1 cache while every row passes over
+// them and the next tile comes in.
+HTC_INLINE int64_t ValueTile(int64_t row_bytes) { return Max(8, Min(64, 8192 / row_bytes / 2 * 2)); }
 
 // ---- scores of one block ------------------------------------------------------------------------
 
-// Software prefetch of the plane being read and, behind its end, of the one read next. `bytes` is
-// how far ahead; 0 (none) where the processor's own prefetching does better.
+// Software prefetch of one plane: never behind its end. Off where the processor does better alone.
 struct Prefetch {
-  int64_t bytes;
-  const char* end;   // of the plane
-  const char* next;  // plane that follows, or null
+  bool is_on;
+  const char* end;
 
-  HTC_INLINE void Ahead(const void* from, int64_t num_bytes) const {
-    if (bytes == 0) return;
-    const char* to = static_cast<const char*>(from) + bytes;
-    if (to >= end) {
-      if (next == nullptr) return;
-      to = next + (to - end);
-    }
-    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(to + i);
+  HTC_INLINE void Touch(const char* from, int64_t num_bytes) const {
+    if (!is_on || from >= end) return;
+    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i);
   }
 };
-
-constexpr Prefetch kNoPrefetch = {0, nullptr, nullptr};
 
 // Words of a query row per chunk of kChunk elements: raw bfloat16 pairs, or widened floats.
 template <DType kType>
@@ -99,7 +92,8 @@ void ScoreTokens(const Element<kType>* keys, int64_t key_dim, int64_t tokens, co
       const Element<kType>* key[kAtOnce];
       HTC_UNROLL for (int n = 0; n < kAtOnce; ++n) {
         key[n] = keys + Min(t + i + n, tokens - 1) * key_dim;
-        prefetch.Ahead(key[n], key_dim * int64_t{sizeof(Element<kType>)});
+        prefetch.Touch(reinterpret_cast<const char*>(key[n]) + kKeyPrefetchBytes,
+                       key_dim * int64_t{sizeof(Element<kType>)});
       }
       VecF acc[kAtOnce][kRows] = {};
       for (int64_t c = 0; c < full; ++c) {
@@ -148,7 +142,7 @@ void ScoreRows(int64_t rows, const Element<kType>* keys, int64_t key_dim, int64_
 template <DType kType, int kRows, int kChunks, bool kHasTail>
 void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, int tail,
                const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
-               int64_t acc_stride, const Prefetch& prefetch) {
+               int64_t acc_stride, const Prefetch& prefetch, const char* ahead, int64_t step) {
   VecF sum[kRows][kChunks][2];
   HTC_UNROLL for (int r = 0; r < kRows; ++r) {
     HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
@@ -163,7 +157,7 @@ void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, 
       const bool has_second = t + 1 < tokens && (used == nullptr || used[t + 1] != 0);
       const Element<kType>* first = values + t * value_dim;
       const Element<kType>* second = first + value_dim;
-      prefetch.Ahead(first, 2 * value_dim * int64_t{sizeof(Element<kType>)});
+      prefetch.Touch(ahead + t * step, 2 * step);
       HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
         VecU a = {}, b = {};
         if (kHasTail && c == kChunks - 1) {
@@ -188,7 +182,7 @@ void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, 
     for (int64_t t = 0; t < tokens; ++t) {
       if (used != nullptr && used[t] == 0) continue;
       const Element<kType>* value = values + t * value_dim;
-      prefetch.Ahead(value, value_dim * int64_t{sizeof(Element<kType>)});
+      prefetch.Touch(ahead + t * step, step);
       HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
         const VecPair chunk = kHasTail && c == kChunks - 1
                                   ? LoadChunkTail<kType>(value + c * kChunk, tail)
@@ -219,13 +213,14 @@ constexpr int MaxValueRows(int chunks) {
 template <DType kType, int kChunks, bool kHasTail>
 void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
                   int tail, const float* weights, int64_t weight_stride, const uint8_t* used,
-                  float* acc, int64_t acc_stride, const Prefetch& prefetch) {
+                  float* acc, int64_t acc_stride, const Prefetch& prefetch, const char* ahead,
+                  int64_t step) {
 #define HTC_CASE(n)                                                                            \
   case n:                                                                                      \
     if constexpr (n <= MaxValueRows(kChunks)) {                                                \
       return AddValues<kType, n, kChunks, kHasTail>(values, value_dim, tokens, tail, weights,  \
                                                     weight_stride, used, acc, acc_stride,      \
-                                                    prefetch);                                 \
+                                                    prefetch, ahead, step);                    \
     }                                                                                          \
     break;
   switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
@@ -242,6 +237,10 @@ void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim,
   // Widen every value once for as many rows as possible: narrow columns for many rows.
   const int64_t fitting = kSumRegisters / (2 * Min(rows, MaxValueRows(1)));
   const int64_t column_parts = DivideUp(chunks, Max(1, Min(fitting, kMaxChunks)));
+  // Every pass over the tile fetches its share of the next one, so that memory is never idle.
+  const int64_t row_bytes = value_dim * int64_t{sizeof(Element<kType>)};
+  const int64_t step = row_bytes / column_parts;
+  const char* ahead = reinterpret_cast<const char*>(values) + ValueTile(row_bytes) * row_bytes;
   int64_t chunk = 0;
   for (int64_t part = 0; part < column_parts; ++part) {
     const int64_t width = (chunks - chunk) / (column_parts - part);
@@ -254,22 +253,22 @@ void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim,
       const Element<kType>* from = values + chunk * kChunk;
       const float* weight = weights + row * weight_stride;
       float* to = acc + row * acc_stride + chunk * kChunk;
-      const Prefetch& once = chunk == 0 && row == 0 ? prefetch : kNoPrefetch;
 #define HTC_CASE(n)                                                                             \
   case n:                                                                                       \
     if constexpr (n <= kMaxChunks) {                                                            \
       if (has_tail) {                                                                           \
         AddValueRows<kType, n, true>(count, from, value_dim, tokens, tail, weight,              \
-                                     weight_stride, used, to, acc_stride, once);                \
+                                     weight_stride, used, to, acc_stride, prefetch, ahead, step); \
       } else {                                                                                  \
         AddValueRows<kType, n, false>(count, from, value_dim, tokens, tail, weight,             \
-                                      weight_stride, used, to, acc_stride, once);               \
+                                      weight_stride, used, to, acc_stride, prefetch, ahead, step); \
       }                                                                                         \
     }                                                                                           \
     break;
       switch (width) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) }
 #undef HTC_CASE
       row += count;
+      ahead += tokens * step;
     }
     chunk += width;
   }
@@ -350,11 +349,12 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
       KeyPlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.key_dim;
   const Element<kType>* values =
       ValuePlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.value_dim;
-  const Prefetch key_prefetch = {p.prefetch_bytes,
-                                 reinterpret_cast<const char*>(keys + tokens * p.view.key_dim),
-                                 reinterpret_cast<const char*>(values)};
+  const int64_t value_bytes = p.view.value_dim * int64_t{sizeof(Element<kType>)};
+  const int64_t tile = ValueTile(value_bytes);
+  const Prefetch key_prefetch = {p.has_prefetch,
+                                 reinterpret_cast<const char*>(keys + tokens * p.view.key_dim)};
   const Prefetch value_prefetch = {
-      p.prefetch_bytes, reinterpret_cast<const char*>(values + tokens * p.view.value_dim), nullptr};
+      p.has_prefetch, reinterpret_cast<const char*>(values + tokens * p.view.value_dim)};
   const float* query =
       call.query + (sequence * all_rows + first_row) * call.query_stride;
   const int64_t parts = DivideUp(rows, kMaxScoreRows);
@@ -366,12 +366,13 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
       ScoreRows<kType>(count, keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
                        query + row * call.query_stride, call.query_stride,
                        scores + row * call.score_stride + t, call.score_stride,
-                       row == 0 ? key_prefetch : kNoPrefetch);
+                       row == 0 ? key_prefetch : Prefetch{false, nullptr});
       row += count;
     }
   }
 
-  // pass 2: weights
+  // pass 2: weights, while the first values come in
+  value_prefetch.Touch(reinterpret_cast<const char*>(values), Min(tile, tokens) * value_bytes);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t head = kv_head * group + row / p.queries;
     const int64_t query_number = row % p.queries;
@@ -390,9 +391,9 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
   // pass 3: weighted values, a tile of tokens at a time for all rows
   for (int64_t i = 0; i < rows * call.acc_stride; i += kLanes) Store(acc + i, VecF{});
   const int64_t weight_step = kUsesDot<kType> ? 2 : 1;  // weights per float of `scores`
-  for (int64_t t = 0; t < tokens; t += kValueTile) {
+  for (int64_t t = 0; t < tokens; t += tile) {
     AddValueTile<kType>(rows, values + t * p.view.value_dim, p.view.value_dim,
-                        Min(kValueTile, tokens - t), scores + t / weight_step, call.score_stride,
+                        Min(tile, tokens - t), scores + t / weight_step, call.score_stride,
                         p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride,
                         value_prefetch);
   }

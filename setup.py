@@ -50,7 +50,9 @@ X86_UNITS = {
 }
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/block_io.cpp",
     "csrc/thread_pool.cpp",
+    "csrc/xxh3.cpp",
     "csrc/cpu/append.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/isa_portable.cpp",

@@ -1,19 +1,28 @@
 // The door to Python: integers to pointers, tuples to structs. Knows no torch. Arguments were
 // checked by hf_tiered_cache/kernels/ops.py; here only what Python cannot see cheaply.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
+#include <chrono>
+#include <memory>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
+#include "block_io.h"
 #include "paged_attention.h"
+#include "xxh3.h"
 
 namespace py = pybind11;
 using hf_tiered_cache::AppendParams;
 using hf_tiered_cache::AttentionParams;
+using hf_tiered_cache::BlockIO;
 using hf_tiered_cache::DType;
 using hf_tiered_cache::FinishParams;
 using hf_tiered_cache::KernelChoice;
 using hf_tiered_cache::Kernels;
+using hf_tiered_cache::Move;
 using hf_tiered_cache::OutputRows;
 using hf_tiered_cache::RunningStateRows;
 
@@ -133,6 +142,71 @@ py::list kernels() {
   return names;
 }
 
+// The move of `addresses.size()` records of `record_bytes` from, or to, `offset`.
+std::shared_ptr<Move> new_move(bool is_write, int fd, int64_t offset, int64_t record_bytes,
+                               const std::vector<int64_t>& addresses, bool is_direct,
+                               std::vector<std::shared_ptr<Move>> after) {
+  auto move = std::make_shared<Move>();
+  move->is_write = is_write;
+  move->is_direct = is_direct;
+  move->fd = fd;
+  move->offset = offset;
+  for (int64_t address : addresses) {
+    move->records.push_back({pointer<void>(address), static_cast<size_t>(record_bytes)});
+  }
+  move->after = std::move(after);
+  return move;
+}
+
+py::list checksums(const Move& move) {
+  py::list list;
+  for (const auto& checksum : move.checksums) {
+    list.append(py::bytes(reinterpret_cast<const char*>(checksum.data()), checksum.size()));
+  }
+  return list;
+}
+
+// Called through hf_tiered_cache/tiers/movers.py. The threads never need the interpreter lock.
+void bind_block_io(py::module_& m) {
+  m.attr("END_OF_FILE") = hf_tiered_cache::kEndOfFile;
+  m.attr("CANCELLED") = hf_tiered_cache::kCancelled;
+
+  py::class_<Move, std::shared_ptr<Move>>(m, "Move")
+      .def(py::init(&new_move), py::kw_only(), py::arg("is_write"), py::arg("fd"),
+           py::arg("offset"), py::arg("record_bytes"), py::arg("addresses"), py::arg("is_direct"),
+           py::arg("after"))
+      .def_property_readonly(
+          "is_done", [](const Move& move) { return move.is_done.load(std::memory_order_acquire); })
+      .def_readonly("error", &Move::error)
+      .def_readonly("error_offset", &Move::error_offset)
+      .def_property_readonly("checksums", &checksums);
+
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<BlockIO>(m, "BlockIO")
+      .def(py::init<int>())
+      .def("start", &BlockIO::start)
+      .def("submit", &BlockIO::submit, Unlocked())
+      .def("cancel", &BlockIO::cancel, Unlocked())
+      .def(
+          "wait",
+          [](BlockIO& io, const Move& move, double timeout_seconds) {
+            return io.wait(move, std::chrono::duration<double>(timeout_seconds));
+          },
+          Unlocked())
+      .def("close", &BlockIO::close, Unlocked());
+
+  m.def(
+      "xxh3_128",
+      [](int64_t address, int64_t num_bytes) {
+        if (num_bytes <= 240) throw std::invalid_argument("xxh3_128 of 240 bytes or fewer");
+        unsigned char out[16];
+        hf_tiered_cache::xxh3_128(pointer<const void>(address), static_cast<size_t>(num_bytes),
+                                  out);
+        return py::bytes(reinterpret_cast<const char*>(out), sizeof out);
+      },
+      "The checksum of a record in memory (for tests).");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -208,4 +282,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Write new tokens into their blocks. Raises ValueError for a slot outside the slab, before "
       "anything is written.");
+
+  bind_block_io(m);
 }

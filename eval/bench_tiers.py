@@ -4,6 +4,8 @@ Both read the same records of the same file in the same random order, with the s
 threads, in turns; the bare loop keeps no order, no states, no checksums. The ratio of a pair is
 the tier's share of what the disk gave at that moment; medians over the rounds are printed.
 
+The tier's records are moved by the compiled core's threads, or by Python's (`--mover`).
+
 The main thread meanwhile
     idle     only waits for the oldest batch
     matmul   multiplies matrices in torch, which releases the interpreter lock
@@ -39,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--io", nargs="+", default=["direct", "buffered"])
     parser.add_argument("--main", nargs="+", default=["idle", "matmul", "python"])
+    parser.add_argument("--mover", nargs="+", default=["compiled", "python"])
     parser.add_argument("--batch", type=int, default=4, help="records per transfer")
     parser.add_argument("--in-flight", type=int, default=4, help="transfers ahead of use")
     return parser.parse_args()
@@ -48,13 +51,15 @@ def main() -> None:
     args = parse_args()
     print_checksum_rate()
     print(
-        f"{'record':>7} {'io':>8} {'threads':>7} {'main':>7} {'tier GB/s':>10} {'bare GB/s':>10}"
+        f"{'record':>7} {'io':>8} {'mover':>8} {'threads':>7} {'main':>7}"
+        f" {'tier GB/s':>10} {'bare GB/s':>10}"
         f" {'tier/bare':>10} {'[min, max]':>14} {'tier CPU s/GB':>14}"
     )
     for record_kib in args.record_kib:
         for io in args.io:
             for num_threads in args.threads:
-                bench(args, record_kib * 1024, io, num_threads)
+                for mover in args.mover:
+                    bench(args, record_kib * 1024, io, num_threads, mover)
 
 
 def print_checksum_rate() -> None:
@@ -73,7 +78,9 @@ def print_checksum_rate() -> None:
     )
 
 
-def bench(args: argparse.Namespace, record_bytes: int, io: str, num_threads: int) -> None:
+def bench(
+    args: argparse.Namespace, record_bytes: int, io: str, num_threads: int, mover: str
+) -> None:
     num_records = args.file_mib * MIB // record_bytes
     num_staging = args.batch * args.in_flight
     tier = DiskTier(
@@ -82,6 +89,7 @@ def bench(args: argparse.Namespace, record_bytes: int, io: str, num_threads: int
         args.directory,
         io=io,
         num_threads=num_threads,
+        mover=mover,
     )
     device = DeviceTier(record_bytes, Budget("device", num_staging * record_bytes))
     staging = [device.block(slot) for slot in range(num_staging)]
@@ -112,7 +120,7 @@ def bench(args: argparse.Namespace, record_bytes: int, io: str, num_threads: int
             tier_rates.append(num_bytes / tier_seconds / 1e9)
             bare_rates.append(num_bytes / bare_seconds / 1e9)
         print(
-            f"{record_bytes // 1024:>6}K {io:>8} {num_threads:>7} {main_does:>7}"
+            f"{record_bytes // 1024:>6}K {io:>8} {mover:>8} {num_threads:>7} {main_does:>7}"
             f" {statistics.median(tier_rates):>10.2f} {statistics.median(bare_rates):>10.2f}"
             f" {statistics.median(ratios):>10.2f} [{min(ratios):>5.2f}, {max(ratios):>5.2f}]"
             f" {statistics.median(cpu):>14.3f}",

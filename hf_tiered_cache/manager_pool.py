@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hf_tiered_cache.block_manager import BlockTable
-from hf_tiered_cache.config import Budgets, TieredCacheConfig
+from hf_tiered_cache.config import Budgets, TieredCacheConfig, free_memory_bytes
 from hf_tiered_cache.errors import ClosedCacheError, UnsupportedInputError
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.metrics import Counters, TierStats
@@ -23,6 +23,7 @@ from hf_tiered_cache.tiers.disk import DiskTier
 # A disk is busy with this much in flight (measured: 1 MiB records reach its rate at queue depth
 # 4); twice that keeps it busy while one half is attended.
 STAGING_BYTES = 16 * 1024 * 1024
+PAGE_CACHE_SHARE = 0.25  # of free memory, for what of the disk tier goes through the page cache
 MIN_STAGING_BLOCKS = 2  # one is attended while one loads
 
 
@@ -85,7 +86,13 @@ class ManagerPool:
         tiers: list[Tier] = [DeviceTier(layout.num_bytes, budget, device)]
         if self._disk.limit_bytes >= layout.num_bytes:
             tiers.append(
-                DiskTier(layout.num_bytes, self._disk, self.disk_dir, io=self.config.disk_io)
+                DiskTier(
+                    layout.num_bytes,
+                    self._disk,
+                    self.disk_dir,
+                    io=self.config.disk_io,
+                    page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
+                )
             )
         staging = self._staging_bytes(budget) // layout.num_bytes
         return OffloadManager(

@@ -88,17 +88,21 @@ class Transfer:
     def wait(self) -> None:
         """Return when done. Raises TierIOError when it failed, each time it is called."""
         if not self._is_ready:
-            if os.getpid() != self._pid:
-                raise ClosedCacheError(
-                    f"this transfer belongs to process {self._pid}, and its threads stayed there;"
-                    " make a new cache after fork()"
-                )
+            self.check_process()
             with self._latch:
                 pass
         if self._error is not None:
             # A fresh exception: one raised twice would grow its traceback and be shared by threads.
             message = self._error.strerror or str(self._error)
             raise io_error(self._error.errno, message) from self._error.__cause__
+
+    def check_process(self) -> None:
+        """Raise ClosedCacheError in a forked child, where nobody would end this transfer."""
+        if os.getpid() != self._pid:
+            raise ClosedCacheError(
+                f"this transfer belongs to process {self._pid}, and its threads stayed there;"
+                " make a new cache after fork()"
+            )
 
     def end_part(self, error: TierIOError | None = None) -> None:
         """One part ended, failed if `error` is given. For tiers; the first error wins."""

@@ -65,6 +65,12 @@ class BlockFile:
         """Whether the file system takes direct I/O."""
         return self._direct_fd is not None
 
+    def descriptor(self, *, direct: bool) -> int:
+        """The descriptor of an entrance, for calls that end before `close()`."""
+        fd = self._direct_fd if direct else self._fd
+        assert fd is not None, "direct I/O asked for where there is none"
+        return fd
+
     def pread_into(self, buffers: list[memoryview], offset: int, *, direct: bool) -> int:
         """Fill `buffers`, one after the other, from `offset`; the bytes read, maybe fewer."""
         return self._call(os.preadv, buffers, offset, direct)
@@ -107,8 +113,7 @@ class BlockFile:
         offset: int,
         direct: bool,
     ) -> int:
-        fd = self._direct_fd if direct else self._fd
-        assert fd is not None, "direct I/O asked for where there is none"
+        fd = self.descriptor(direct=direct)
         self._enter()
         try:
             return system_call(fd, buffers, offset)
@@ -146,10 +151,14 @@ def full_transfer(
         if direct:
             num_bytes -= num_bytes % ALIGNMENT_BYTES
         if num_bytes <= 0:
-            left = sum(len(buffer) for buffer in buffers)
-            raise OSError(errno.EIO, f"nothing more went through at byte {offset}, {left} missing")
+            raise stood_still(offset, sum(len(buffer) for buffer in buffers))
         offset += num_bytes
         buffers = _without_first(buffers, num_bytes)
+
+
+def stood_still(offset: int, num_missing: int) -> OSError:
+    """What is wrong when a call moves nothing, as at the end of a file."""
+    return OSError(errno.EIO, f"nothing more went through at byte {offset}, {num_missing} missing")
 
 
 def _without_first(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

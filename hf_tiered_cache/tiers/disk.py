@@ -8,13 +8,12 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 
-import psutil
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
 from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, check_block_bytes, check_blocks
 from hf_tiered_cache.tiers.block_file import BlockFile
-from hf_tiered_cache.tiers.io_threads import IOThreads
+from hf_tiered_cache.tiers.movers import Mover, make_mover
 from hf_tiered_cache.tiers.record_jobs import ReadRecords, WriteRecords, reserve_records
 from hf_tiered_cache.tiers.records import RecordTable
 from hf_tiered_cache.tiers.slots import SlotPool
@@ -51,11 +50,12 @@ class DiskTier(Tier, name="disk"):
         *,
         io: str = "auto",
         num_threads: int = 4,
-        page_cache_bytes: int | None = None,
+        page_cache_bytes: int = 0,
+        mover: str = "auto",
         open_file: type[BlockFile] = BlockFile,
     ) -> None:
-        """page_cache_bytes: default a quarter of the memory that is available now.
-        open_file: where tests put faults.
+        """mover: whose threads move the bytes, "compiled" or "python"; "auto": the first, if built.
+        open_file: where tests put faults, under Python's threads.
 
         Raises ConfigError when the folder is missing, not writable, or has less free space than the
         budget has left.
@@ -75,8 +75,6 @@ class DiskTier(Tier, name="disk"):
         elif io == "direct":
             self._first_direct_slot = 0
         else:
-            if page_cache_bytes is None:
-                page_cache_bytes = available_memory_bytes() // 4
             self._first_direct_slot = page_cache_bytes // block_bytes
         step_bytes = min(STEP_BYTES, budget.limit_bytes // STEPS_PER_BUDGET)
         pool = SlotPool(
@@ -87,20 +85,24 @@ class DiskTier(Tier, name="disk"):
             commit=lambda start, stop: reserve_records(file, start, stop, block_bytes),
         )
         self._table = RecordTable(pool)
-        self._threads = IOThreads(num_threads, "hf_tiered_cache-disk")
+        if mover == "auto" and open_file is not BlockFile:
+            mover = "python"
+        self._mover = make_mover(mover, num_threads)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._pid, self._threads, self._table, file
+            self, _shut_down, self._pid, self._mover, self._table, file
         )
 
     def allocate(self) -> int | None:
         """A slot; see `Tier.allocate`. Raises TierIOError when the disk is full."""
         self._check_usable()
-        return self._table.allocate()
+        self._mover.settle()
+        return self._table.allocate(self._mover.wait_settled)
 
     def free(self, slot: int) -> None:
         """Give a slot back; its disk space stays for the next one."""
         self._check_usable()
+        self._mover.settle()
         self._table.free(slot)
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
@@ -164,9 +166,10 @@ class DiskTier(Tier, name="disk"):
         """Queue one job per piece."""
         if not slots:
             return DONE
-        self._threads.start()
+        self._mover.start()
+        self._mover.settle()
         pieces = self._pieces(slots)
-        transfer = Transfer(len(pieces))
+        transfer = self._mover.transfer(len(pieces))
         jobs = [
             job(
                 self._file,
@@ -181,10 +184,9 @@ class DiskTier(Tier, name="disk"):
         begin(slots)
         try:
             for piece in jobs:
-                self._threads.submit(piece)
+                self._mover.submit(piece)
         except BaseException:  # Ctrl-C: nobody may wait for a piece that was never queued
-            for piece in jobs:
-                piece.cancel()
+            self._mover.cancel(jobs)
             raise
         return transfer
 
@@ -205,16 +207,6 @@ class DiskTier(Tier, name="disk"):
         return pieces
 
 
-def available_memory_bytes() -> int:
-    """Memory that could be used without swapping, as the machine or the container's limit says."""
-    available = psutil.virtual_memory().available
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            return min(available, int(limit.read()))
-    except (OSError, ValueError):  # no container, or "max"
-        return available
-
-
 def _check_directory(directory: str, budget: Budget) -> None:
     """Raise ConfigError unless the folder exists, is writable and has room for the budget."""
     if not os.path.isdir(directory):
@@ -230,14 +222,14 @@ def _check_directory(directory: str, budget: Budget) -> None:
         )
 
 
-def _shut_down(pid: int, threads: IOThreads, table: RecordTable, file: BlockFile) -> None:
+def _shut_down(pid: int, mover: Mover, table: RecordTable, file: BlockFile) -> None:
     """Close everything of a tier. Must not refer to the tier: its finalizer holds this."""
     if os.getpid() != pid:
         file.close_after_fork()
         return
     try:
         table.stop_waiting()
-        threads.close()
+        mover.close()
     finally:  # also when Ctrl-C interrupts the joining
         file.close()
         table.close()

@@ -1,7 +1,7 @@
 """What is known of each record of a block file: its state and its checksum. No I/O."""
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 from hf_tiered_cache.errors import BlockStateError
@@ -63,15 +63,23 @@ class RecordTable:
         with self._changed:
             return self._pool.num_free() + self._num_retired
 
-    def allocate(self) -> int | None:
-        """The lowest free slot. Waits for a retired one when no other is left."""
-        with self._changed:
-            while (slot := self._pool.allocate()) is None:
+    def allocate(self, wait: Callable[[], None] | None = None) -> int | None:
+        """The lowest free slot. Waits for a retired one when no other is left.
+
+        wait: waits for a transfer to end where somebody has to (without our lock, then).
+        """
+        while True:
+            with self._changed:
+                slot = self._pool.allocate()
+                if slot is not None:
+                    self._records[slot] = Record()
+                    return slot
                 if not self._num_retired:
                     return None
-                self._changed.wait()
-            self._records[slot] = Record()
-            return slot
+                if wait is None:
+                    self._changed.wait()
+                    continue
+            wait()
 
     def free(self, slot: int) -> None:
         """Hand `slot` back, once its transfers have ended. Raises BlockStateError."""

@@ -29,6 +29,12 @@ VARIANTS = {
     "disk mixed": lambda block, budget, folder: DiskTier(
         block, budget, folder, page_cache_bytes=4 * block, num_threads=1
     ),
+    "disk python": lambda block, budget, folder: DiskTier(
+        block, budget, folder, io="direct", mover="python"
+    ),
+    "disk python mixed": lambda block, budget, folder: DiskTier(
+        block, budget, folder, page_cache_bytes=4 * block, num_threads=1, mover="python"
+    ),
 }
 
 

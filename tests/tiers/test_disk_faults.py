@@ -373,7 +373,7 @@ def test_bytes_changed_while_they_are_written_are_noticed(tmp_path):
         data[5] ^= 1
         return call(buffers)
 
-    tier = open_tier(tmp_path, {("write", 0): changed_meanwhile})
+    tier = open_tier(tmp_path, {("write", 0): changed_meanwhile}, io="buffered")
     tier.allocate()
     tier.write([0], [data]).wait()
     with pytest.raises(TierIOError, match="is not what was stored"):

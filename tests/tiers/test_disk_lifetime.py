@@ -19,14 +19,35 @@ import torch
 from tiers.faulty_file import FaultyFile
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError
-from hf_tiered_cache.tiers import Budget, DiskTier, block_file
+from hf_tiered_cache.tiers import Budget, DiskTier, block_file, disk, movers
 
 BLOCK = 65536
 NUM_SLOTS = 32
 
 
+@pytest.fixture(params=["auto", "python"], autouse=True)
+def mover(request):
+    """The mover of every tier here; "auto" is the compiled one. Faulty files are under Python's."""
+
+    def make_mover(name: str, num_threads: int):
+        return movers.make_mover(request.param if name == "auto" else name, num_threads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "make_mover", make_mover)
+        yield request.param
+
+
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("hf_tiered_cache")]
+    """The I/O threads of this process, Python's and the compiled core's."""
+    found = [t.name for t in threading.enumerate() if t.name.startswith("hf_tiered_cache")]
+    for task in os.listdir("/proc/self/task"):
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/self/task/{task}/comm", encoding="ascii") as comm,
+        ):
+            name = comm.read().strip()
+            found += [name] if name == "tiered-cache-io" else []
+    return found
 
 
 def files_in(folder) -> list[str]:
@@ -253,7 +274,7 @@ class TestNothingSurvives:
 
     def test_close_does_not_wait_for_a_write_that_was_never_queued(self, tmp_path):
         budget = Budget("disk", BLOCK)
-        tier = DiskTier(BLOCK, budget, tmp_path)
+        tier = DiskTier(BLOCK, budget, tmp_path, mover="python")
         slot = tier.allocate()
         tier._table.begin_write([slot])
         read = tier.read([slot], [torch.zeros(BLOCK, dtype=torch.uint8)])
@@ -269,7 +290,7 @@ class TestNothingSurvives:
         tier = DiskTier(BLOCK, Budget("disk", 4 * BLOCK), tmp_path)
         slots = [tier.allocate() for _ in range(4)]
         data = torch.randint(0, 256, (4, BLOCK), dtype=torch.uint8)
-        submit, num_calls = tier._threads.submit, []
+        submit, num_calls = tier._mover.submit, []
 
         def interrupted(job):
             submit(job)
@@ -277,7 +298,7 @@ class TestNothingSurvives:
             if len(num_calls) == 2:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(tier._threads, "submit", interrupted)
+        monkeypatch.setattr(tier._mover, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tier.write(slots[::-1], list(data.flip(0)))
         monkeypatch.undo()
@@ -342,7 +363,7 @@ class TestNothingSurvives:
         assert_nothing_left(tmp_path, budget, transfers)
 
     def test_an_exception_in_the_constructor(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("hf_tiered_cache.tiers.disk.available_memory_bytes", lambda: 1 // 0)
+        monkeypatch.setattr(disk, "RecordTable", lambda _: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             DiskTier(BLOCK, Budget("disk", BLOCK), tmp_path)
         gc.collect()
@@ -496,13 +517,15 @@ class TestOtherProcesses:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("end", ["exit", "ctrl-c while waiting"])
-    def test_a_real_end_with_reads_under_way_is_quick_and_leaves_nothing(self, tmp_path, end):
+    def test_a_real_end_with_reads_under_way_is_quick_and_leaves_nothing(
+        self, tmp_path, end, mover
+    ):
         script = """
             import os, signal, sys, threading, time
             import torch
             from hf_tiered_cache.tiers import Budget, DiskTier
 
-            tier = DiskTier(65536, Budget("disk", 64 * 65536), sys.argv[1])
+            tier = DiskTier(65536, Budget("disk", 64 * 65536), sys.argv[1], mover=sys.argv[3])
             data = torch.zeros(64, 65536, dtype=torch.uint8)
             slots = [tier.allocate() for _ in range(64)]
             tier.write(slots, list(data)).wait()
@@ -514,7 +537,7 @@ class TestOtherProcesses:
             print(time.time())
         """
         process = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), end],
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), end, mover],
             capture_output=True,
             text=True,
             timeout=120,

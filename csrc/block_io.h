@@ -1,0 +1,72 @@
+// Threads that move records between memory and a file, and make the checksums of what they moved.
+// They know no slots and no Python: descriptors, addresses, bytes.
+#pragma once
+
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace hf_tiered_cache {
+
+// `Move::error` is an errno, or one of these.
+constexpr int kEndOfFile = -1;  // nothing more came through
+constexpr int kCancelled = -2;  // its turn never came, or a move it had to follow failed
+
+// Consecutive records of a file to be moved in one go, and what came of it. The owner keeps the
+// memory of the records until `is_done`.
+struct Move {
+  bool is_write = false;
+  bool is_direct = false;  // the descriptor wants offsets and memory in multiples of 4096
+  int fd = -1;
+  int64_t offset = 0;
+  std::vector<iovec> records;
+  std::vector<std::shared_ptr<Move>> after;  // end before this one begins; were submitted before
+
+  // Written by one thread before `is_done`, never after.
+  int error = 0;
+  int64_t error_offset = 0;  // where it stood still
+  std::vector<std::array<unsigned char, 16>> checksums;  // one a record, unless there is an error
+
+  bool is_taken = false;  // by a thread, or cancelled; under the lock of the `BlockIO`
+  std::atomic<bool> is_done{false};
+};
+
+// Starts moves in the order of `submit`, `num_threads` at a time. A forked child must not use it,
+// but may destroy it.
+class BlockIO {
+ public:
+  explicit BlockIO(int num_threads);
+  ~BlockIO();
+  BlockIO(const BlockIO&) = delete;
+  BlockIO& operator=(const BlockIO&) = delete;
+
+  // Starts the threads, unless they run. Throws std::system_error when not even one starts.
+  void start();
+
+  void submit(std::shared_ptr<Move> move);
+
+  // Ends `move` unless a thread has it already.
+  void cancel(Move& move);
+
+  // Whether `move` is done, after at most `timeout`.
+  bool wait(const Move& move, std::chrono::duration<double> timeout);
+
+  // Lets the moves under way end, cancels those queued, joins the threads. Idempotent.
+  void close();
+
+ private:
+  struct State;
+  static void work(State* state);
+
+  const int num_threads_;
+  const pid_t pid_;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace hf_tiered_cache

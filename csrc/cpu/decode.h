@@ -20,32 +20,33 @@ constexpr int64_t kPartialBytes = 8 << 20;
 // Bytes of keys and values that make an item worth claiming.
 constexpr int64_t kItemBytes = 64 << 10;
 constexpr int64_t kKeyTile = 64;
-constexpr int64_t kKeyPrefetchBytes = 2048;
+// How far ahead keys are prefetched: 4 KiB.
+template <DType kType>
+constexpr int64_t kAheadElements = 4096 / sizeof(Element<kType>);
 // Tokens (an even number) whose values, 8 KiB, stay in the L1 cache while every row passes over
 // them and the next tile comes in.
 HTC_INLINE int64_t ValueTile(int64_t row_bytes) { return Max(8, Min(64, 8192 / row_bytes / 2 * 2)); }
 
 // ---- scores of one block ------------------------------------------------------------------------
 
-// Software prefetch of one plane: never behind its end. Off where the processor does better alone.
-struct Prefetch {
-  bool is_on;
-  const char* end;
-
-  HTC_INLINE void Touch(const char* from, int64_t num_bytes) const {
-    if (!is_on || from >= end) return;
-    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i);
-  }
-};
-
 // Words of a query row per chunk of kChunk elements: raw bfloat16 pairs, or widened floats.
 template <DType kType>
 constexpr int kQueryWords = kUsesDot<kType> ? kLanes : kChunk;
 
-// acc[n][r] += the products of one chunk of key n and query r, kChunk dims from `dim` on.
+template <int kCount, class Element>
+HTC_INLINE void PrefetchElements(const Element* from) {
+  HTC_UNROLL for (int i = 0; i < kCount; i += 64 / int{sizeof(Element)}) {
+    __builtin_prefetch(from + i);
+  }
+}
+
+// acc[n][r] += the products of one chunk of key n and query r, kChunk dims from `dim` on. As
+// many elements are prefetched at `ahead`, unless that is null.
 template <DType kType, int kKeys, int kRows, bool kIsTail>
 HTC_INLINE void ScoreChunk(const Element<kType>* const (&key)[kKeys], int64_t dim, int count,
-                           const float* query, int64_t query_stride, VecF (&acc)[kKeys][kRows]) {
+                           const float* query, int64_t query_stride, const Element<kType>* ahead,
+                           VecF (&acc)[kKeys][kRows]) {
+  if (ahead != nullptr) PrefetchElements<kKeys * kChunk>(ahead);
   if constexpr (kUsesDot<kType>) {
     VecU words[kKeys];
     HTC_UNROLL for (int n = 0; n < kKeys; ++n) {
@@ -69,6 +70,10 @@ HTC_INLINE void ScoreChunk(const Element<kType>* const (&key)[kKeys], int64_t di
   }
 }
 
+// Key rows that share the loads of the query: the fewer loads, the more room for what memory
+// delivers (measured: 16 more L1 loads per row cost 10 % of the read bandwidth).
+constexpr int kMaxKeysAtOnce = HTC_VECTOR_BYTES == 64 ? 4 : 2;
+
 constexpr int PowerOfTwoUpTo(int value) {
   int power = 1;
   while (2 * power <= value) power *= 2;
@@ -81,29 +86,32 @@ constexpr int PowerOfTwoUpTo(int value) {
 template <DType kType, int kRows>
 void ScoreTokens(const Element<kType>* keys, int64_t key_dim, int64_t tokens, const float* query,
                  int64_t query_stride, float* scores, int64_t score_stride,
-                 const Prefetch& prefetch) {
+                 bool has_prefetch) {
   constexpr int kTokens = PowerOfTwoUpTo(kLanes / kRows);
-  constexpr int kAtOnce = kRows == 1 && kTokens > 4 ? 4 : kTokens < 2 ? 1 : 2;
+  constexpr int kAtOnce = kTokens < kMaxKeysAtOnce ? kTokens : kMaxKeysAtOnce;
   const int64_t full = key_dim / kChunk;
   const int tail = static_cast<int>(key_dim % kChunk);
+  const Element<kType>* end = keys + tokens * key_dim;
   for (int64_t t = 0; t < tokens; t += kTokens) {
     VecF sums[kLanes] = {};
     HTC_UNROLL for (int i = 0; i < kTokens; i += kAtOnce) {
       const Element<kType>* key[kAtOnce];
       HTC_UNROLL for (int n = 0; n < kAtOnce; ++n) {
         key[n] = keys + Min(t + i + n, tokens - 1) * key_dim;
-        prefetch.Touch(reinterpret_cast<const char*>(key[n]) + kKeyPrefetchBytes,
-                       key_dim * int64_t{sizeof(Element<kType>)});
       }
+      const Element<kType>* ahead = key[0] + kAheadElements<kType>;
+      if (!has_prefetch || ahead + kAtOnce * key_dim > end) ahead = nullptr;
       VecF acc[kAtOnce][kRows] = {};
       for (int64_t c = 0; c < full; ++c) {
         ScoreChunk<kType, kAtOnce, kRows, false>(key, c * kChunk, 0,
-                                                 query + c * kQueryWords<kType>, query_stride, acc);
+                                                 query + c * kQueryWords<kType>, query_stride,
+                                                 ahead, acc);
+        if (ahead != nullptr) ahead += kAtOnce * kChunk;
       }
       if (tail != 0) {
         ScoreChunk<kType, kAtOnce, kRows, true>(key, full * kChunk, tail,
                                                 query + full * kQueryWords<kType>, query_stride,
-                                                acc);
+                                                ahead, acc);
       }
       HTC_UNROLL for (int n = 0; n < kAtOnce; ++n) {
         HTC_UNROLL for (int r = 0; r < kRows; ++r) sums[r * kTokens + i + n] = acc[n][r];
@@ -122,12 +130,12 @@ constexpr int kMaxScoreRows = kLanes < 8 ? kLanes : 8;
 template <DType kType>
 void ScoreRows(int64_t rows, const Element<kType>* keys, int64_t key_dim, int64_t tokens,
                const float* query, int64_t query_stride, float* scores, int64_t score_stride,
-               const Prefetch& prefetch) {
+               bool has_prefetch) {
 #define HTC_CASE(n)                                                                          \
   case n:                                                                                    \
     if constexpr (n <= kMaxScoreRows) {                                                      \
       return ScoreTokens<kType, n>(keys, key_dim, tokens, query, query_stride, scores,       \
-                                   score_stride, prefetch);                                  \
+                                   score_stride, has_prefetch);                              \
     }                                                                                        \
     break;
   switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
@@ -142,7 +150,7 @@ void ScoreRows(int64_t rows, const Element<kType>* keys, int64_t key_dim, int64_
 template <DType kType, int kRows, int kChunks, bool kHasTail>
 void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, int tail,
                const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
-               int64_t acc_stride, const Prefetch& prefetch, const char* ahead, int64_t step) {
+               int64_t acc_stride, const Element<kType>* ahead) {
   VecF sum[kRows][kChunks][2];
   HTC_UNROLL for (int r = 0; r < kRows; ++r) {
     HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
@@ -157,7 +165,7 @@ void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, 
       const bool has_second = t + 1 < tokens && (used == nullptr || used[t + 1] != 0);
       const Element<kType>* first = values + t * value_dim;
       const Element<kType>* second = first + value_dim;
-      prefetch.Touch(ahead + t * step, 2 * step);
+      if (ahead != nullptr) PrefetchElements<2 * kChunks * kChunk>(ahead + t * kChunks * kChunk);
       HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
         VecU a = {}, b = {};
         if (kHasTail && c == kChunks - 1) {
@@ -182,7 +190,7 @@ void AddValues(const Element<kType>* values, int64_t value_dim, int64_t tokens, 
     for (int64_t t = 0; t < tokens; ++t) {
       if (used != nullptr && used[t] == 0) continue;
       const Element<kType>* value = values + t * value_dim;
-      prefetch.Touch(ahead + t * step, step);
+      if (ahead != nullptr) PrefetchElements<kChunks * kChunk>(ahead + t * kChunks * kChunk);
       HTC_UNROLL for (int c = 0; c < kChunks; ++c) {
         const VecPair chunk = kHasTail && c == kChunks - 1
                                   ? LoadChunkTail<kType>(value + c * kChunk, tail)
@@ -213,14 +221,13 @@ constexpr int MaxValueRows(int chunks) {
 template <DType kType, int kChunks, bool kHasTail>
 void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
                   int tail, const float* weights, int64_t weight_stride, const uint8_t* used,
-                  float* acc, int64_t acc_stride, const Prefetch& prefetch, const char* ahead,
-                  int64_t step) {
+                  float* acc, int64_t acc_stride, const Element<kType>* ahead) {
 #define HTC_CASE(n)                                                                            \
   case n:                                                                                      \
     if constexpr (n <= MaxValueRows(kChunks)) {                                                \
       return AddValues<kType, n, kChunks, kHasTail>(values, value_dim, tokens, tail, weights,  \
                                                     weight_stride, used, acc, acc_stride,      \
-                                                    prefetch, ahead, step);                    \
+                                                    ahead);                                    \
     }                                                                                          \
     break;
   switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
@@ -231,16 +238,12 @@ void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim,
 template <DType kType>
 void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
                   const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
-                  int64_t acc_stride, const Prefetch& prefetch) {
+                  int64_t acc_stride, const Element<kType>* ahead) {
   const int64_t chunks = DivideUp(value_dim, kChunk);
   const int tail = static_cast<int>(value_dim % kChunk);
   // Widen every value once for as many rows as possible: narrow columns for many rows.
   const int64_t fitting = kSumRegisters / (2 * Min(rows, MaxValueRows(1)));
   const int64_t column_parts = DivideUp(chunks, Max(1, Min(fitting, kMaxChunks)));
-  // Every pass over the tile fetches its share of the next one, so that memory is never idle.
-  const int64_t row_bytes = value_dim * int64_t{sizeof(Element<kType>)};
-  const int64_t step = row_bytes / column_parts;
-  const char* ahead = reinterpret_cast<const char*>(values) + ValueTile(row_bytes) * row_bytes;
   int64_t chunk = 0;
   for (int64_t part = 0; part < column_parts; ++part) {
     const int64_t width = (chunks - chunk) / (column_parts - part);
@@ -253,22 +256,24 @@ void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim,
       const Element<kType>* from = values + chunk * kChunk;
       const float* weight = weights + row * weight_stride;
       float* to = acc + row * acc_stride + chunk * kChunk;
+      // Every pass over the tile fetches its share of the next one: memory is never idle.
+      const Element<kType>* next =
+          ahead == nullptr || row != 0 ? nullptr : ahead + chunk * kChunk * tokens;
 #define HTC_CASE(n)                                                                             \
   case n:                                                                                       \
     if constexpr (n <= kMaxChunks) {                                                            \
       if (has_tail) {                                                                           \
         AddValueRows<kType, n, true>(count, from, value_dim, tokens, tail, weight,              \
-                                     weight_stride, used, to, acc_stride, prefetch, ahead, step); \
+                                     weight_stride, used, to, acc_stride, next);                \
       } else {                                                                                  \
         AddValueRows<kType, n, false>(count, from, value_dim, tokens, tail, weight,             \
-                                      weight_stride, used, to, acc_stride, prefetch, ahead, step); \
+                                      weight_stride, used, to, acc_stride, next);                \
       }                                                                                         \
     }                                                                                           \
     break;
       switch (width) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) }
 #undef HTC_CASE
       row += count;
-      ahead += tokens * step;
     }
     chunk += width;
   }
@@ -349,12 +354,7 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
       KeyPlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.key_dim;
   const Element<kType>* values =
       ValuePlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.value_dim;
-  const int64_t value_bytes = p.view.value_dim * int64_t{sizeof(Element<kType>)};
-  const int64_t tile = ValueTile(value_bytes);
-  const Prefetch key_prefetch = {p.has_prefetch,
-                                 reinterpret_cast<const char*>(keys + tokens * p.view.key_dim)};
-  const Prefetch value_prefetch = {
-      p.has_prefetch, reinterpret_cast<const char*>(values + tokens * p.view.value_dim)};
+  const int64_t tile = ValueTile(p.view.value_dim * int64_t{sizeof(Element<kType>)});
   const float* query =
       call.query + (sequence * all_rows + first_row) * call.query_stride;
   const int64_t parts = DivideUp(rows, kMaxScoreRows);
@@ -366,14 +366,18 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
       ScoreRows<kType>(count, keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
                        query + row * call.query_stride, call.query_stride,
                        scores + row * call.score_stride + t, call.score_stride,
-                       row == 0 ? key_prefetch : Prefetch{false, nullptr});
+                       p.has_prefetch && row == 0);
       row += count;
     }
   }
 
   // pass 2: weights, while the first values come in
-  value_prefetch.Touch(reinterpret_cast<const char*>(values), Min(tile, tokens) * value_bytes);
+  const int64_t first_values = p.has_prefetch ? Min(tile, tokens) * p.view.value_dim : 0;
+  const int64_t row_values = RoundUp(first_values / rows, kChunk);
   for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < row_values; i += kChunk) {
+      PrefetchElements<kChunk>(values + row * row_values + i);
+    }
     const int64_t head = kv_head * group + row / p.queries;
     const int64_t query_number = row % p.queries;
     const int64_t end = Max(0, CausalEnd(p, range, query_number) - range.begin);
@@ -392,10 +396,12 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
   for (int64_t i = 0; i < rows * call.acc_stride; i += kLanes) Store(acc + i, VecF{});
   const int64_t weight_step = kUsesDot<kType> ? 2 : 1;  // weights per float of `scores`
   for (int64_t t = 0; t < tokens; t += tile) {
-    AddValueTile<kType>(rows, values + t * p.view.value_dim, p.view.value_dim,
-                        Min(tile, tokens - t), scores + t / weight_step, call.score_stride,
+    const Element<kType>* from = values + t * p.view.value_dim;
+    const Element<kType>* next = from + tile * p.view.value_dim;
+    AddValueTile<kType>(rows, from, p.view.value_dim, Min(tile, tokens - t),
+                        scores + t / weight_step, call.score_stride,
                         p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride,
-                        value_prefetch);
+                        p.has_prefetch && t + 2 * tile <= tokens ? next : nullptr);
   }
 
   // pass 4: back into the order of memory

@@ -58,7 +58,7 @@ bool runs_avx512() {
 bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-KernelChoice missing(const char* name) { return {nullptr, name, kNotBuilt}; }
+[[maybe_unused]] KernelChoice missing(const char* name) { return {nullptr, name, kNotBuilt}; }
 
 #if defined(__x86_64__)
 KernelChoice built(const Kernels& kernels, bool runs, const char* reason) {

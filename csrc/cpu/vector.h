@@ -42,6 +42,17 @@ HTC_INLINE Vec Load(const void* from) {
   return value;
 }
 
+// Load once and keep: without this the compiler folds the load into every use.
+HTC_INLINE VecU LoadOnce(const void* from) {
+  VecU value = Load<VecU>(from);
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
 template <class Vec>
 HTC_INLINE void Store(void* to, Vec value) {
   __builtin_memcpy(to, &value, sizeof(value));
@@ -277,7 +288,7 @@ HTC_INLINE VecPair LoadChunk(const Element<kType>* from) {
   if constexpr (kType == DType::kFloat32) {
     return {Load<VecF>(from), Load<VecF>(from + kLanes)};
   } else {
-    return WidenWords<kType>(Load<VecU>(from));
+    return WidenWords<kType>(LoadOnce(from));
   }
 }
 

@@ -23,11 +23,11 @@ test: $(BUILT) lint types
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-lint: $(READY)
+lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(BUILT)
 	$(BIN)/mypy
 
 bench: $(BUILT)
@@ -47,16 +47,17 @@ train: $(BUILT)
 
 # torch and transformers first and pinned: asked for in one go with the rest, the index may
 # resolve torch to another build.
-$(READY): pyproject.toml
+$(READY):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet transformers==$(TRANSFORMERS)
-	$(BIN)/python -m pip install --quiet --editable ".[eval,test,dev]"
 	touch $@
 
-$(BUILT): $(READY) setup.py $(shell find csrc -type f 2>/dev/null)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+# Compiles the extension into the source tree. While working on csrc/,
+# `python setup.py build_ext --inplace` compiles only what changed.
+$(BUILT): $(READY) pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	$(BIN)/python -m pip install --quiet --editable ".[eval,test,dev]"
 	touch $@
 
 clean:

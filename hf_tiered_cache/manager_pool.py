@@ -101,7 +101,7 @@ class ManagerPool:
 
     def _staging_bytes(self, budget: Budget) -> int:
         if self.config.staging_bytes == AUTO:
-            return min(STAGING_BYTES, budget.limit_bytes // 8)
+            return min(STAGING_BYTES, budget.limit_bytes // 4)
         return int(self.config.staging_bytes)
 
     def counters(self) -> Counters:

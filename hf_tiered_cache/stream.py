@@ -46,8 +46,8 @@ class BlockStream:
 
     @property
     def chunk_blocks(self) -> int:
-        """Blocks to consume at once: a quarter of the ring, so that the rest keeps loading."""
-        return max(1, self._num_slots // 4)
+        """Blocks to consume at once: half of the ring, while the other half is loading."""
+        return max(1, self._num_slots // 2)
 
     @property
     def num_slots(self) -> int:

@@ -9,29 +9,38 @@ namespace hf_tiered_cache {
 namespace HTC_ISA {
 namespace {
 
-// exp(x) for x <= 0, within 1 ulp; 0 below -87.3 (where the result would be subnormal), so also
-// for -inf. x = n ln 2 + r: n by the rounding of an addition, ln 2 in two parts, degree 7 in r.
+// exp(x) for x <= 0, within 1 ulp; 0 for -inf and wherever the result would round to 0 (without
+// AVX-512: be subnormal). x = n ln 2 + r with |r| <= 0.35: n by the rounding of an addition, ln 2
+// in two parts, Taylor to degree 7 (the rest is < 6e-9).
 HTC_INLINE VecF Exp(VecF x) {
   constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+#if defined(__AVX512F__)
+  constexpr float kSmallest = -200.0f;  // far enough for the scaling below to give 0
+#else
   constexpr float kSmallest = -87.3f;
-  const VecF clamped = x > kSmallest ? x : Broadcast(kSmallest);
+#endif
+  const VecF clamped = Max(Broadcast(kSmallest), x);  // in this order NaN stays NaN
   const VecF shifted = clamped * kLog2E + kRounder;
   const VecF n = shifted - kRounder;
   VecF r = clamped - n * kLn2High;
   r = r - n * kLn2Low;
-  VecF y = r * (1.0f / 5040) + (1.0f / 720);  // Taylor: |r| <= 0.35, so the rest is < 6e-9
+  VecF y = r * (1.0f / 5040) + (1.0f / 720);
   y = y * r + (1.0f / 120);
   y = y * r + (1.0f / 24);
   y = y * r + (1.0f / 6);
   y = y * r + 0.5f;
-  y = y * (r * r) + r;
-  y = y + 1.0f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
   const VecI exponent = ((VecI)shifted) << 23;  // the low bits of `shifted` are n
   const VecF result = (VecF)((VecI)y + exponent);
-  return x > kSmallest ? result : VecF{};
+  return x < kSmallest ? VecF{} : result;
+#endif
 }
 
 HTC_INLINE float Exp(float x) { return Exp(Broadcast(x))[0]; }

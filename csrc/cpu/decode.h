@@ -17,15 +17,18 @@ namespace {
 constexpr int64_t kDecodeMaxRows = 16;
 // Partials waiting to be folded, per call: more blocks than fit are done in several rounds.
 constexpr int64_t kPartialBytes = 8 << 20;
-// Bytes of keys and values that make an item worth claiming.
-constexpr int64_t kItemBytes = 64 << 10;
+// Bytes of keys and values of the largest item: long runs to prefetch along, short enough that a
+// thread which loses its CPU holds up little.
+constexpr int64_t kItemBytes = 512 << 10;
 constexpr int64_t kKeyTile = 64;
 // How far ahead keys are prefetched: 4 KiB.
 template <DType kType>
 constexpr int64_t kAheadElements = 4096 / sizeof(Element<kType>);
 // Tokens (an even number) whose values, 8 KiB, stay in the L1 cache while every row passes over
 // them and the next tile comes in.
-HTC_INLINE int64_t ValueTile(int64_t row_bytes) { return Max(8, Min(64, 8192 / row_bytes / 2 * 2)); }
+HTC_INLINE int64_t ValueTile(int64_t row_bytes) {
+  return Max(8, Min(64, 8192 / row_bytes / 2 * 2));
+}
 
 // ---- scores of one block ------------------------------------------------------------------------
 
@@ -59,7 +62,8 @@ HTC_INLINE void ScoreChunk(const Element<kType>* const (&key)[kKeys], int64_t di
   } else {
     VecPair chunk[kKeys];
     HTC_UNROLL for (int n = 0; n < kKeys; ++n) {
-      chunk[n] = kIsTail ? LoadChunkTail<kType>(key[n] + dim, count) : LoadChunk<kType>(key[n] + dim);
+      const Element<kType>* from = key[n] + dim;
+      chunk[n] = kIsTail ? LoadChunkTail<kType>(from, count) : LoadChunk<kType>(from);
     }
     HTC_UNROLL for (int r = 0; r < kRows; ++r) {
       const VecF first = Load<VecF>(query + r * query_stride);
@@ -128,19 +132,27 @@ void ScoreTokens(const Element<kType>* keys, int64_t key_dim, int64_t tokens, co
 constexpr int kMaxScoreRows = kLanes < 8 ? kLanes : 8;
 
 template <DType kType>
-void ScoreRows(int64_t rows, const Element<kType>* keys, int64_t key_dim, int64_t tokens,
-               const float* query, int64_t query_stride, float* scores, int64_t score_stride,
-               bool has_prefetch) {
-#define HTC_CASE(n)                                                                          \
-  case n:                                                                                    \
-    if constexpr (n <= kMaxScoreRows) {                                                      \
-      return ScoreTokens<kType, n>(keys, key_dim, tokens, query, query_stride, scores,       \
-                                   score_stride, has_prefetch);                              \
-    }                                                                                        \
-    break;
-  switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
-                      HTC_CASE(7) HTC_CASE(8) }
+using ScoreFunction = void (*)(const Element<kType>* keys, int64_t key_dim, int64_t tokens,
+                               const float* query, int64_t query_stride, float* scores,
+                               int64_t score_stride, bool has_prefetch);
+
+template <DType kType>
+ScoreFunction<kType> SelectScore(int64_t rows) {
+#define HTC_CASE(n) \
+  case n:           \
+    if constexpr (n <= kMaxScoreRows) return ScoreTokens<kType, n>;
+  switch (rows) {
+    HTC_CASE(1)
+    HTC_CASE(2)
+    HTC_CASE(3)
+    HTC_CASE(4)
+    HTC_CASE(5)
+    HTC_CASE(6)
+    HTC_CASE(7)
+    HTC_CASE(8)
+  }
 #undef HTC_CASE
+  return nullptr;
 }
 
 // ---- weighted values of one block ---------------------------------------------------------------
@@ -218,76 +230,127 @@ constexpr int MaxValueRows(int chunks) {
   return kSumRegisters / (2 * chunks) < 8 ? kSumRegisters / (2 * chunks) : 8;
 }
 
-template <DType kType, int kChunks, bool kHasTail>
-void AddValueRows(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
-                  int tail, const float* weights, int64_t weight_stride, const uint8_t* used,
-                  float* acc, int64_t acc_stride, const Element<kType>* ahead) {
+template <DType kType>
+using AddFunction = void (*)(const Element<kType>* values, int64_t value_dim, int64_t tokens,
+                             int tail, const float* weights, int64_t weight_stride,
+                             const uint8_t* used, float* acc, int64_t acc_stride,
+                             const Element<kType>* ahead);
+
+template <DType kType, int kChunks>
+AddFunction<kType> SelectAdd(int64_t rows, bool has_tail) {
 #define HTC_CASE(n)                                                                            \
   case n:                                                                                      \
     if constexpr (n <= MaxValueRows(kChunks)) {                                                \
-      return AddValues<kType, n, kChunks, kHasTail>(values, value_dim, tokens, tail, weights,  \
-                                                    weight_stride, used, acc, acc_stride,      \
-                                                    ahead);                                    \
-    }                                                                                          \
-    break;
-  switch (rows) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) HTC_CASE(5) HTC_CASE(6)
-                      HTC_CASE(7) HTC_CASE(8) }
+      return has_tail ? AddValues<kType, n, kChunks, true> : AddValues<kType, n, kChunks, false>; \
+    }
+  switch (rows) {
+    HTC_CASE(1)
+    HTC_CASE(2)
+    HTC_CASE(3)
+    HTC_CASE(4)
+    HTC_CASE(5)
+    HTC_CASE(6)
+    HTC_CASE(7)
+    HTC_CASE(8)
+  }
 #undef HTC_CASE
+  return nullptr;
 }
 
 template <DType kType>
-void AddValueTile(int64_t rows, const Element<kType>* values, int64_t value_dim, int64_t tokens,
-                  const float* weights, int64_t weight_stride, const uint8_t* used, float* acc,
-                  int64_t acc_stride, const Element<kType>* ahead) {
-  const int64_t chunks = DivideUp(value_dim, kChunk);
-  const int tail = static_cast<int>(value_dim % kChunk);
-  // Widen every value once for as many rows as possible: narrow columns for many rows.
-  const int64_t fitting = kSumRegisters / (2 * Min(rows, MaxValueRows(1)));
-  const int64_t column_parts = DivideUp(chunks, Max(1, Min(fitting, kMaxChunks)));
-  int64_t chunk = 0;
-  for (int64_t part = 0; part < column_parts; ++part) {
-    const int64_t width = (chunks - chunk) / (column_parts - part);
-    const bool has_tail = tail != 0 && chunk + width == chunks;
-    const int64_t max_rows = MaxValueRows(static_cast<int>(width));
-    const int64_t row_parts = DivideUp(rows, max_rows);
-    int64_t row = 0;
-    for (int64_t row_part = 0; row_part < row_parts; ++row_part) {
-      const int64_t count = (rows - row) / (row_parts - row_part);
-      const Element<kType>* from = values + chunk * kChunk;
-      const float* weight = weights + row * weight_stride;
-      float* to = acc + row * acc_stride + chunk * kChunk;
-      // Every pass over the tile fetches its share of the next one: memory is never idle.
-      const Element<kType>* next =
-          ahead == nullptr || row != 0 ? nullptr : ahead + chunk * kChunk * tokens;
-#define HTC_CASE(n)                                                                             \
-  case n:                                                                                       \
-    if constexpr (n <= kMaxChunks) {                                                            \
-      if (has_tail) {                                                                           \
-        AddValueRows<kType, n, true>(count, from, value_dim, tokens, tail, weight,              \
-                                     weight_stride, used, to, acc_stride, next);                \
-      } else {                                                                                  \
-        AddValueRows<kType, n, false>(count, from, value_dim, tokens, tail, weight,             \
-                                      weight_stride, used, to, acc_stride, next);                \
-      }                                                                                         \
-    }                                                                                           \
-    break;
-      switch (width) { HTC_CASE(1) HTC_CASE(2) HTC_CASE(3) HTC_CASE(4) }
+AddFunction<kType> SelectAdd(int64_t rows, int64_t chunks, bool has_tail) {
+#define HTC_CASE(n) \
+  case n:           \
+    if constexpr (n <= kMaxChunks) return SelectAdd<kType, n>(rows, has_tail);
+  switch (chunks) {
+    HTC_CASE(1)
+    HTC_CASE(2)
+    HTC_CASE(3)
+    HTC_CASE(4)
+  }
 #undef HTC_CASE
+  return nullptr;
+}
+
+// ---- the plan -----------------------------------------------------------------------------------
+
+// Which functions pass over a tile of keys, and over a tile of values, so that all rows and all
+// dims are covered. Made once per call: its divisions would cost as much as a tile.
+template <DType kType>
+struct DecodePlan {
+  static constexpr int kMaxScorePasses = kDecodeMaxRows / 4;
+  static constexpr int kMaxValuePasses = 128;  // 16 rows by 6, 256 dims by 8: 96
+
+  struct ScorePass {
+    ScoreFunction<kType> score;
+    int64_t row;
+  };
+  struct ValuePass {
+    AddFunction<kType> add;
+    int64_t row;
+    int64_t dim;
+  };
+
+  ScorePass score_passes[kMaxScorePasses];
+  int num_score_passes = 0;
+  ValuePass value_passes[kMaxValuePasses];
+  int num_value_passes = 0;
+  int value_tail;  // dims of the last, incomplete chunk
+
+  DecodePlan(int64_t rows, int64_t value_dim) {
+    const int64_t parts = DivideUp(rows, kMaxScoreRows);
+    for (int64_t part = 0, row = 0; part < parts; ++part) {
+      const int64_t count = (rows - row) / (parts - part);
+      score_passes[num_score_passes++] = {SelectScore<kType>(count), row};
       row += count;
     }
-    chunk += width;
+    // Widen every value once for as many rows as possible: narrow columns for many rows.
+    const int64_t chunks = DivideUp(value_dim, kChunk);
+    const int64_t fitting = kSumRegisters / (2 * Min(rows, MaxValueRows(1)));
+    const int64_t columns = DivideUp(chunks, Max(1, Min(fitting, kMaxChunks)));
+    value_tail = static_cast<int>(value_dim % kChunk);
+    for (int64_t column = 0, chunk = 0; column < columns; ++column) {
+      const int64_t width = (chunks - chunk) / (columns - column);
+      const bool has_tail = value_tail != 0 && chunk + width == chunks;
+      const int64_t row_parts = DivideUp(rows, MaxValueRows(static_cast<int>(width)));
+      for (int64_t part = 0, row = 0; part < row_parts; ++part) {
+        const int64_t count = (rows - row) / (row_parts - part);
+        value_passes[num_value_passes++] = {SelectAdd<kType>(count, width, has_tail), row,
+                                            chunk * kChunk};
+        row += count;
+      }
+      chunk += width;
+    }
+  }
+};
+
+// All rows over one tile of values; the passes share the prefetching of the next tile, `ahead`
+// (or null), so that memory is never idle.
+template <DType kType>
+HTC_INLINE void AddValueTile(const DecodePlan<kType>& plan, const Element<kType>* values,
+                             int64_t value_dim, int64_t tokens, const float* weights,
+                             int64_t weight_stride, const uint8_t* used, float* acc,
+                             int64_t acc_stride, const Element<kType>* ahead) {
+  for (int i = 0; i < plan.num_value_passes; ++i) {
+    const auto& pass = plan.value_passes[i];
+    pass.add(values + pass.dim, value_dim, tokens, plan.value_tail,
+             weights + pass.row * weight_stride, weight_stride, used,
+             acc + pass.row * acc_stride + pass.dim, acc_stride,
+             ahead == nullptr || pass.row != 0 ? nullptr : ahead + pass.dim * tokens);
   }
 }
 
 // ---- the call -----------------------------------------------------------------------------------
 
+template <DType kType>
 struct DecodeCall {
   const AttentionParams* params;
+  const DecodePlan<kType>* plan;
   int64_t rows;            // per kv_head: group x queries, head-major as in memory
   int64_t query_stride;    // words per prepared query row
   int64_t acc_stride;      // floats per partial row
   int64_t score_stride;    // floats per row of scores
-  int64_t columns_per_item;
+  int64_t units_per_item;
   int64_t column_begin;    // this round: columns [column_begin, column_end)
   int64_t column_end;
   float* query;            // [batch][heads * queries][query_stride]
@@ -301,7 +364,7 @@ struct DecodeCall {
 };
 
 template <DType kType>
-void PrepareQuery(const DecodeCall& call) {
+void PrepareQuery(const DecodeCall<kType>& call) {
   const AttentionParams& p = *call.params;
   const int64_t full = p.view.key_dim / kChunk * kChunk;
   const int tail = static_cast<int>(p.view.key_dim % kChunk);
@@ -326,9 +389,11 @@ void PrepareQuery(const DecodeCall& call) {
   }
 }
 
-// The partial of one (sequence, column, kv_head), for all rows of the head's group.
+// The partial of one (sequence, column, kv_head), for all rows of the head's group. next_keys, or
+// null: the keys that this thread reads next.
 template <DType kType>
-void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int64_t kv_head) {
+void BlockPartial(const DecodeCall<kType>& call, int64_t sequence, int64_t column, int64_t kv_head,
+                  const Element<kType>* next_keys) {
   const AttentionParams& p = *call.params;
   const int64_t rows = call.rows;
   const int64_t group = p.heads / p.view.kv_heads;
@@ -357,29 +422,27 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
   const int64_t tile = ValueTile(p.view.value_dim * int64_t{sizeof(Element<kType>)});
   const float* query =
       call.query + (sequence * all_rows + first_row) * call.query_stride;
-  const int64_t parts = DivideUp(rows, kMaxScoreRows);
-  const int64_t step = parts == 1 ? tokens : kKeyTile;
+  const DecodePlan<kType>& plan = *call.plan;
+  const int64_t step = plan.num_score_passes == 1 ? tokens : kKeyTile;
   for (int64_t t = 0; t < tokens; t += step) {
-    int64_t row = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t count = (rows - row) / (parts - part);
-      ScoreRows<kType>(count, keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
-                       query + row * call.query_stride, call.query_stride,
-                       scores + row * call.score_stride + t, call.score_stride,
-                       p.has_prefetch && row == 0);
-      row += count;
+    for (int i = 0; i < plan.num_score_passes; ++i) {
+      const auto& pass = plan.score_passes[i];
+      pass.score(keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
+                 query + pass.row * call.query_stride, call.query_stride,
+                 scores + pass.row * call.score_stride + t, call.score_stride,
+                 p.has_prefetch && i == 0);
     }
   }
 
   // pass 2: weights, while the first values come in
   const int64_t first_values = p.has_prefetch ? Min(tile, tokens) * p.view.value_dim : 0;
   const int64_t row_values = RoundUp(first_values / rows, kChunk);
+  int64_t head = kv_head * group;
+  int64_t query_number = 0;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < row_values; i += kChunk) {
       PrefetchElements<kChunk>(values + row * row_values + i);
     }
-    const int64_t head = kv_head * group + row / p.queries;
-    const int64_t query_number = row % p.queries;
     const int64_t end = Max(0, CausalEnd(p, range, query_number) - range.begin);
     float* row_scores = scores + row * call.score_stride;
     const ScoreRule rule = {p.scale, p.softcap, end,
@@ -387,6 +450,10 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
     const float max = MakeScores(row_scores, tokens, rule);
     call.partial_max[at + row] = max;
     call.partial_sum[at + row] = MakeWeights<kType>(row_scores, tokens, max);
+    if (++query_number == p.queries) {
+      query_number = 0;
+      ++head;
+    }
   }
   if (p.mask != nullptr) {
     AnyRowAttends(p, sequence, kv_head * group, group, 0, p.queries, position, tokens, used);
@@ -397,11 +464,11 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
   const int64_t weight_step = kUsesDot<kType> ? 2 : 1;  // weights per float of `scores`
   for (int64_t t = 0; t < tokens; t += tile) {
     const Element<kType>* from = values + t * p.view.value_dim;
-    const Element<kType>* next = from + tile * p.view.value_dim;
-    AddValueTile<kType>(rows, from, p.view.value_dim, Min(tile, tokens - t),
+    const Element<kType>* next = t + tile < tokens ? from + tile * p.view.value_dim : next_keys;
+    AddValueTile<kType>(plan, from, p.view.value_dim, Min(tile, tokens - t),
                         scores + t / weight_step, call.score_stride,
                         p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride,
-                        p.has_prefetch && t + 2 * tile <= tokens ? next : nullptr);
+                        p.has_prefetch ? next : nullptr);
   }
 
   // pass 4: back into the order of memory
@@ -413,19 +480,25 @@ void BlockPartial(const DecodeCall& call, int64_t sequence, int64_t column, int6
   }
 }
 
+// A unit is the block of one kv_head. Units are numbered as their keys lie in memory: the heads of
+// a block one behind the other, then the next block. An item is a run of units.
 template <DType kType>
 void PartialItem(void* context, int64_t item) {
-  const DecodeCall& call = *static_cast<const DecodeCall*>(context);
+  const DecodeCall<kType>& call = *static_cast<const DecodeCall<kType>*>(context);
   const AttentionParams& p = *call.params;
-  const int64_t pieces =
-      DivideUp(call.column_end - call.column_begin, call.columns_per_item);
-  const int64_t kv_head = item % p.view.kv_heads;
-  const int64_t piece = item / p.view.kv_heads % pieces;
-  const int64_t sequence = item / p.view.kv_heads / pieces;
-  const int64_t begin = call.column_begin + piece * call.columns_per_item;
-  const int64_t end = Min(begin + call.columns_per_item, call.column_end);
-  for (int64_t column = begin; column < end; ++column) {
-    BlockPartial<kType>(call, sequence, column, kv_head);
+  const int64_t kv_heads = p.view.kv_heads;
+  const int64_t units = (call.column_end - call.column_begin) * kv_heads;
+  const int64_t items = DivideUp(units, call.units_per_item);
+  const int64_t sequence = item / items;
+  const int64_t begin = item % items * call.units_per_item;
+  const int64_t end = Min(begin + call.units_per_item, units);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Element<kType>* next_keys =
+        unit + 1 == end ? nullptr
+                        : KeyPlane<kType>(p, sequence, call.column_begin + (unit + 1) / kv_heads,
+                                          (unit + 1) % kv_heads);
+    BlockPartial<kType>(call, sequence, call.column_begin + unit / kv_heads, unit % kv_heads,
+                        next_keys);
   }
 }
 
@@ -433,7 +506,7 @@ constexpr int64_t kFoldRows = 4;  // rows per item of phase 2
 
 template <DType kType>
 void FoldItem(void* context, int64_t item) {
-  const DecodeCall& call = *static_cast<const DecodeCall*>(context);
+  const DecodeCall<kType>& call = *static_cast<const DecodeCall<kType>*>(context);
   const AttentionParams& p = *call.params;
   const int64_t all_rows = p.heads * p.queries;
   const int64_t total = p.batch * all_rows;
@@ -483,12 +556,15 @@ void FoldItem(void* context, int64_t item) {
 
 template <DType kType>
 void Decode(const AttentionParams& p) {
-  DecodeCall call;
-  call.params = &p;
   const BlockView& view = p.view;
   const int64_t all_rows = p.heads * p.queries;
   const int64_t total = p.batch * all_rows;
-  call.rows = p.heads / view.kv_heads * p.queries;
+  const int64_t rows = p.heads / view.kv_heads * p.queries;
+  const DecodePlan<kType> plan(rows, view.value_dim);
+  DecodeCall<kType> call;
+  call.params = &p;
+  call.plan = &plan;
+  call.rows = rows;
   call.query_stride = DivideUp(view.key_dim, kChunk) * kQueryWords<kType>;
   call.acc_stride = RoundUp(view.value_dim, kChunk);
   call.score_stride = RoundUp(view.block_tokens, kLanes) + kLanes;
@@ -509,19 +585,20 @@ void Decode(const AttentionParams& p) {
 
   const int64_t plane_bytes =
       view.block_tokens * (view.key_dim + view.value_dim) * int64_t{sizeof(Element<kType>)};
-  call.columns_per_item = Max(1, kItemBytes / plane_bytes);
+  const int64_t largest = Max(1, kItemBytes / plane_bytes);
   const int64_t tokens = Min(view.num_columns * view.block_tokens,
                              Max(0, p.kv_tokens - p.first_token));
   const int64_t bytes = p.batch * view.kv_heads * tokens * plane_bytes / view.block_tokens;
   // Waking a thread costs what reading some 100 KB costs.
-  const int threads = static_cast<int>(Min(p.num_threads, 1 + bytes / (2 * kItemBytes)));
+  const int threads = static_cast<int>(Min(p.num_threads, 1 + bytes / (128 << 10)));
 
   call.column_begin = 0;
   do {
     call.column_end = Min(call.column_begin + call.round_columns, view.num_columns);
-    const int64_t pieces =
-        DivideUp(call.column_end - call.column_begin, call.columns_per_item);
-    parallel_for(threads, p.batch * view.kv_heads * pieces, PartialItem<kType>, &call);
+    const int64_t units = (call.column_end - call.column_begin) * view.kv_heads;
+    call.units_per_item = Max(1, Min(largest, units / (4 * threads)));
+    parallel_for(threads, p.batch * DivideUp(units, call.units_per_item), PartialItem<kType>,
+                 &call);
     parallel_for(threads, DivideUp(total, kFoldRows), FoldItem<kType>, &call);
     call.column_begin = call.column_end;
   } while (call.column_begin < view.num_columns);

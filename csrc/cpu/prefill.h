@@ -202,15 +202,17 @@ struct PrefillBuffers {
   int64_t acc_stride;
   int64_t score_stride;
   int64_t value_stride;
-  float* query;   // [rows][query_stride] words
-  float* acc;     // [rows][acc_stride]
-  float* max;     // [rows]
-  float* sum;     // [rows]
-  float* keys;    // packed
-  float* values;  // packed
-  float* scores;  // [kBlockRows][score_stride]
-  float* keep;    // [kBlockRows]
-  uint8_t* used;  // [kTileTokens]
+  int32_t* row_query;  // [rows] which query and which head a row is: divided once, not per tile
+  int32_t* row_head;   // [rows]
+  float* query;        // [rows][query_stride] words
+  float* acc;          // [rows][acc_stride]
+  float* max;          // [rows]
+  float* sum;          // [rows]
+  float* keys;         // packed
+  float* values;       // packed
+  float* scores;       // [kBlockRows][score_stride]
+  float* keep;         // [kBlockRows]
+  uint8_t* used;       // [kTileTokens]
 };
 
 HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
@@ -220,7 +222,7 @@ HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
   b.acc_stride = RoundUp(p.view.value_dim, kChunk);
   b.score_stride = kTileTokens + kLanes;  // rows start in different cache sets
   b.value_stride = RoundUp(p.view.value_dim, kChunk);
-  const int64_t floats = padded * (b.query_stride + b.acc_stride + 2) +
+  const int64_t floats = padded * (b.query_stride + b.acc_stride + 4) +
                          (p.view.key_dim + 2 + b.value_stride) * (kTileTokens + kPanel) +
                          kBlockRows * (b.score_stride + kLanes) + 16 * kLanes;
   float* next = static_cast<float*>(scratch(Scratch::kWorker, floats * 4 + kTileTokens));
@@ -229,6 +231,8 @@ HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
     next += RoundUp(count, 16);
     return taken;
   };
+  b.row_query = reinterpret_cast<int32_t*>(take(padded));
+  b.row_head = reinterpret_cast<int32_t*>(take(padded));
   b.query = take(padded * b.query_stride);
   b.acc = take(padded * b.acc_stride);
   b.max = take(padded);
@@ -241,11 +245,11 @@ HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
   return b;
 }
 
-// Rows [first_row, first_row + rows) of one kv_head against the tokens [begin, end) of a block.
+// The item's rows against the tokens [begin, end) of a block.
 template <DType kType>
 void AttendTile(const AttentionParams& p, const PrefillBuffers& b, int64_t sequence,
                 int64_t column, int64_t kv_head, const TokenRange& range, int64_t begin,
-                int64_t end, int64_t first_row, int64_t rows) {
+                int64_t end, int64_t rows) {
   const int64_t group = p.heads / p.view.kv_heads;
   const int64_t tokens = end - begin;
   const int64_t position = range.position + begin;
@@ -253,8 +257,8 @@ void AttendTile(const AttentionParams& p, const PrefillBuffers& b, int64_t seque
   const int64_t value_dim = p.view.value_dim;
   const uint8_t* used = nullptr;
   if (p.mask != nullptr) {
-    AnyRowAttends(p, sequence, kv_head * group, group, first_row / group,
-                  (first_row + rows - 1) / group + 1, position, tokens, b.used);
+    AnyRowAttends(p, sequence, kv_head * group, group, b.row_query[0], b.row_query[rows - 1] + 1,
+                  position, tokens, b.used);
     used = b.used;
   }
   PackKeys<kType>(KeyPlane<kType>(p, sequence, column, kv_head) + begin * p.view.key_dim,
@@ -273,7 +277,7 @@ void AttendTile(const AttentionParams& p, const PrefillBuffers& b, int64_t seque
   for (int64_t row = 0; row < rows; row += kBlockRows) {
     const int64_t count = Min(kBlockRows, rows - row);
     // Tokens that the last query of these rows may attend; the rest is skipped for all of them.
-    const int64_t last_query = (first_row + row + count - 1) / group;
+    const int64_t last_query = b.row_query[row + count - 1];
     const int64_t visible = Min(tokens, CausalEnd(p, range, last_query) - begin);
     if (visible <= 0) continue;
 
@@ -285,8 +289,8 @@ void AttendTile(const AttentionParams& p, const PrefillBuffers& b, int64_t seque
     }
     // pass 2: weights
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t query = (first_row + row + r) / group;
-      const int64_t head = kv_head * group + (first_row + row + r) % group;
+      const int64_t query = b.row_query[row + r];
+      const int64_t head = b.row_head[row + r];
       const int64_t row_end = Min(visible, CausalEnd(p, range, query) - begin);
       const ScoreRule rule = {p.scale, p.softcap, row_end,
                               MaskRow(p, sequence, head, query, position), p.mask_stride[3]};
@@ -318,8 +322,7 @@ void PrefillItem(void* context, int64_t item) {
   const PrefillBuffers b = CarveBuffers(p, rows);
 
   const auto row_index = [&](int64_t row) {  // of the running state and the log-sum-exp
-    const int64_t head = kv_head * group + (first_row + row) % group;
-    return (sequence * p.heads + head) * p.queries + (first_row + row) / group;
+    return (sequence * p.heads + b.row_head[row]) * p.queries + b.row_query[row];
   };
 
   // pass 1: rows in, widened or as words; rows that only fill up the last micro-kernel are 0
@@ -331,8 +334,10 @@ void PrefillItem(void* context, int64_t item) {
     b.max[row] = kMinusInfinity;
     b.sum[row] = 0.0f;
     if (row >= rows) continue;
-    const int64_t head = kv_head * group + (first_row + row) % group;
-    const Element<kType>* from = QueryRow<kType>(p, sequence, head, (first_row + row) / group);
+    b.row_query[row] = static_cast<int32_t>((first_row + row) / group);
+    b.row_head[row] = static_cast<int32_t>(kv_head * group + (first_row + row) % group);
+    const Element<kType>* from =
+        QueryRow<kType>(p, sequence, b.row_head[row], b.row_query[row]);
     if constexpr (kUsesDot<kType>) {
       __builtin_memcpy(query, from, p.view.key_dim * 2);
     } else {
@@ -349,7 +354,7 @@ void PrefillItem(void* context, int64_t item) {
   for (int64_t i = 0; i < kBlockRows * b.score_stride; ++i) b.scores[i] = 0.0f;
 
   // pass 2: every tile of every block, in order
-  const int64_t last_query = (first_row + rows - 1) / group;
+  const int64_t last_query = b.row_query[rows - 1];
   for (int64_t column = 0; column < p.view.num_columns; ++column) {
     const TokenRange range = AttendedTokens(p, sequence, column);
     const int64_t end = Min(range.end, CausalEnd(p, range, last_query));
@@ -357,8 +362,7 @@ void PrefillItem(void* context, int64_t item) {
       const int64_t tile_begin = Max(tile, range.begin);
       const int64_t tile_end = Min(tile + kTileTokens, end);
       if (tile_begin >= tile_end) continue;
-      AttendTile<kType>(p, b, sequence, column, kv_head, range, tile_begin, tile_end, first_row,
-                        rows);
+      AttendTile<kType>(p, b, sequence, column, kv_head, range, tile_begin, tile_end, rows);
     }
   }
 
@@ -372,12 +376,11 @@ void PrefillItem(void* context, int64_t item) {
       p.state.sum[index] = b.sum[row];
     }
     if (p.output.out != nullptr) {
-      const int64_t head = kv_head * group + (first_row + row) % group;
+      const int64_t head = b.row_head[row];
       p.output.lse[index] = FinishRow<kType>(
           acc, b.max[row], b.sum[row],
           p.output.sinks == nullptr ? nullptr : p.output.sinks + head, value_dim,
-          OutputRow<kType>(p.output, sequence, head, (first_row + row) / group),
-          p.output.stride[3]);
+          OutputRow<kType>(p.output, sequence, head, b.row_query[row]), p.output.stride[3]);
     }
   }
 }

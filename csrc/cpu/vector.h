@@ -59,7 +59,13 @@ HTC_INLINE void Store(void* to, Vec value) {
 }
 
 HTC_INLINE VecF Broadcast(float value) { return value - VecF{}; }
-HTC_INLINE VecF Max(VecF a, VecF b) { return a > b ? a : b; }
+HTC_INLINE VecF Max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);  // the compiler would compare and blend
+#else
+  return a > b ? a : b;
+#endif
+}
 
 HTC_INLINE VecI LaneNumbers() {
   VecI lanes;

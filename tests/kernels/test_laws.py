@@ -115,6 +115,18 @@ def test_nan_where_nothing_may_be_attended_stays_there(make_case, kernel, querie
     assert same(clean, poisoned)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("plane", ["keys", "values"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_what_is_attended_is_not_hidden(make_case, kernel, queries, plane, dtype):
+    case = make_case(queries=queries, tokens=60, dtype=dtype)
+    slot = case.table[0, 0].long()
+    getattr(case.layout, plane)(case.blocks)[slot, 1, 3] = torch.nan  # kv_head 1, token 3
+    out = case.attend().out
+    assert out[:, :2].isfinite().all()
+    assert out[:, 2:].isnan().all()
+
+
 # ---- error ---------------------------------------------------------------------------------------
 
 

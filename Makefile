@@ -32,7 +32,8 @@ types: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python eval/bench_kernels.py
-	$(BIN)/python eval/bench_tiers.py
+	$(BIN)/python eval/bench_tiers.py --record-kib 256 1024 --threads 4 --rounds 3 --file-mib 1024 \
+		--sample-mib 256
 	$(BIN)/python eval/bench_generate.py
 	$(BIN)/python eval/bench_offload.py
 

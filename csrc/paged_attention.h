@@ -38,7 +38,7 @@ struct RunningStateRows {
 struct OutputRows {
   void* out;  // [batch, heads, queries, value_dim] of the call's dtype
   int64_t stride[4];
-  float* lse;          // [batch, heads, queries] contiguous, natural log
+  float* lse;          // [batch, heads, queries] contiguous, natural log; or null
   const float* sinks;  // [heads] or null
 };
 

@@ -101,10 +101,7 @@ class Layer:
         )
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        column = (self.tokens - 1) // self.layout.block_tokens
-        ops.append_tokens(
-            keys, values, self.blocks, self.table[:, column:], self.layout, self.tokens - 1
-        )
+        ops.append_tokens(keys, values, self.blocks, self.table, self.layout, self.tokens - 1)
 
     def read(self) -> None:
         """The probe: read the same planes of the same blocks with the same threads."""

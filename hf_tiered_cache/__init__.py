@@ -10,6 +10,7 @@ from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     BackwardError,
     BlockStateError,
+    CacheInUseError,
     ClosedCacheError,
     ConfigError,
     KernelUnavailableError,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackwardError",
     "BlockStateError",
+    "CacheInUseError",
     "CacheStats",
     "ClosedCacheError",
     "ConfigError",

@@ -62,54 +62,63 @@ def tiered_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function over the blocks behind `key` and `value`.
 
     query `[batch, heads, queries, head_dim]`; attention_mask: None (causal by position), 2-D
     padding `[batch, kv_tokens]`, or 4-D `[batch, heads, queries, kv_tokens]`, boolean (True =
-    attend) or additive. Returns (out `[batch, queries, heads, head_dim]`, None).
+    attend) or additive. Of the keyword arguments scaling, dropout, is_causal, softcap, s_aux
+    (sinks), position_bias, sliding_window and output_attentions mean what they mean in
+    transformers. Returns (out `[batch, queries, heads, head_dim]`, None).
 
     What the blocks cannot answer (attention weights, dropout, dense tensors) is computed densely.
     """
+    return _attend(_dense_attention, module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    dense: AttentionFunction,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Chunk by chunk where the blocks can answer, else `dense` on dense tensors."""
     if isinstance(key, PagedStates):
         key.snapshot.check_reader(getattr(module, "config", None))
-    if not _can_stream(query, key, value, attention_mask, dropout, module, kwargs):
-        return _dense_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            is_causal=is_causal,
-            softcap=softcap,
-            s_aux=s_aux,
-            position_bias=position_bias,
-            **kwargs,
-        )
+    if not _can_stream(query, key, value, attention_mask, module, kwargs):
+        known = {
+            "scaling": scaling,
+            "is_causal": is_causal,
+            "softcap": softcap,
+            "s_aux": s_aux,
+            "position_bias": position_bias,
+        }
+        kwargs |= {name: given for name, given in known.items() if given is not None}
+        return dense(module, query, _dense(key), _dense(value), attention_mask, **kwargs)
     snapshot: Snapshot = key.snapshot  # type: ignore[attr-defined]
-    num_queries = query.shape[2]
-    causal = num_queries > 1
-    if causal and attention_mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = query.shape[2] > 1
     starts = mask = None
     bias = position_bias
-    if attention_mask is not None:
-        if attention_mask.dim() == 2:
-            starts, mask = _padding(attention_mask)
-        elif attention_mask.dtype == torch.bool:
-            mask, causal = attention_mask, False  # the mask says it all
-        else:
-            bias = attention_mask if bias is None else bias + attention_mask
-            causal = False
+    if attention_mask is None:
+        if causal:
+            causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    elif attention_mask.dim() == 2:
+        starts, mask = _padding(attention_mask)
+    elif attention_mask.dtype == torch.bool:
+        mask, causal = attention_mask, False  # the mask says it all
+    else:
+        bias = attention_mask if bias is None else bias + attention_mask
+        causal = False
     out = _stream_attention(
         snapshot,
         query.detach() if query.requires_grad else query,
@@ -121,7 +130,7 @@ def tiered_attention_forward(
         softcap=softcap,
         sinks=s_aux,
     )
-    if torch.is_grad_enabled() and query.requires_grad:
+    if query.requires_grad and torch.is_grad_enabled():
         out = RefuseBackward.apply(out, query)
     return out, None
 
@@ -168,6 +177,7 @@ def _stream_attention(
                     layout,
                     sinks=sinks,
                     out=out.transpose(1, 2),
+                    return_lse=False,
                     **arguments,
                 )
                 return out
@@ -227,6 +237,7 @@ def tiered_mask(
 
 def _wrap(name: str, original: AttentionFunction) -> AttentionFunction:
     """The original, except that a paged handle goes to tiered attention."""
+    dense = _dense_attention if name == "sdpa" else original
 
     @functools.wraps(original)
     def attention_forward(
@@ -238,13 +249,7 @@ def _wrap(name: str, original: AttentionFunction) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(key, PagedStates):
-            dropout = kwargs.get("dropout", 0.0)
-            if _can_stream(query, key, value, attention_mask, dropout, module, kwargs):
-                return tiered_attention_forward(module, query, key, value, attention_mask, **kwargs)
-            key.snapshot.check_reader(getattr(module, "config", None))
-            if name == "sdpa":
-                return _dense_attention(module, query, key, value, attention_mask, **kwargs)
-            key, value = _dense(key), _dense(value)
+            return _attend(dense, module, query, key, value, attention_mask, **kwargs)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return attention_forward
@@ -255,7 +260,6 @@ def _can_stream(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    dropout: float,
     module: torch.nn.Module,
     kwargs: dict[str, Any],
 ) -> bool:
@@ -266,7 +270,7 @@ def _can_stream(
         and key.snapshot is value.snapshot
         and query.dtype == key.dtype
         and not kwargs.get("output_attentions")
-        and not (dropout and module.training)
+        and not (kwargs.get("dropout") and module.training)
         and (
             attention_mask is None
             or (
@@ -308,7 +312,6 @@ def _dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' sdpa over dense tensors, with an implicit mask spelled out; what it ignores or
     refuses (soft-capped scores, sinks, weights asked for) by the textbook."""
-    key, value = _dense(key), _dense(value)
     asks_more = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
     asks_more = asks_more or bool(kwargs.get("output_attentions"))
     if attention_mask is None or attention_mask.dim() == 2:

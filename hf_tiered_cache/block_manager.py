@@ -68,6 +68,7 @@ class Placement:
     version: int
     slots: torch.Tensor  # int32 [batch, num_blocks], -1 where cold
     runs: tuple[Run, ...]  # in block order
+    is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
 
 
 @dataclass(eq=False)
@@ -106,9 +107,10 @@ class KVBlockManager:
     """Creates, shares and drops blocks of one shape. The caller fills the slots and frees those
     handed back.
 
-    `num_tiers` counts the device. Every change of a block's address goes through `move`, which
-    makes the placements of its layer stale. Resident full blocks are queued for demotion, oldest
-    first, as *dirty* (no copy below) or *clean* (a copy below exists or is under way).
+    `num_tiers` counts the device. Every change of a block's address goes through `move`; it, and
+    every change of who shares a block, makes the placements of its layer stale. Resident full
+    blocks are queued for demotion, oldest first, as *dirty* (no copy below) or *clean* (a copy
+    below exists or is under way).
     """
 
     def __init__(self, num_tiers: int) -> None:
@@ -171,6 +173,7 @@ class KVBlockManager:
     def start_filling(self, block: KVBlock) -> None:
         """Take a block out of the queues of demotion: tokens will be written into it."""
         self._unqueue(block)
+        self._touch(block.layer)
 
     def replace_last(self, table: BlockTable, row: int, slot: int) -> tuple[KVBlock, KVBlock]:
         """Give `row` its own last block in device slot `slot` instead of a shared one.
@@ -225,6 +228,7 @@ class KVBlockManager:
             table.layer, table.layout, [list(row) for row in table.rows], table.num_tokens
         )
         self._tables.add(copy)
+        self._touch(table.layer)
         return copy
 
     def drop_table(self, table: BlockTable) -> list[KVBlock]:
@@ -305,6 +309,9 @@ class KVBlockManager:
                     if is_full and block.is_resident and not self.is_demotable(block):
                         raise BlockStateError(f"{block} is full and would never be demoted")
             placement = self.placement(table)
+            is_writable = self._place(table, placement.version).is_writable
+            if table.is_filling and placement.is_writable and not is_writable:
+                raise BlockStateError(f"layer {table.layer}: the filling blocks are not its own")
             expected = _device_slots(table)
             if placement.slots.tolist() != expected:
                 raise BlockStateError(f"placement {placement.slots.tolist()} is not {expected}")
@@ -351,7 +358,12 @@ class KVBlockManager:
                 runs.append(Run(first, index, resident[first]))
                 first = index
         tensor = torch.tensor(slots, dtype=torch.int32).view(table.batch, table.num_blocks)
-        return Placement(version, tensor, tuple(runs))
+        last_blocks = [row[-1] for row in table.rows if row]
+        is_writable = all(
+            block.ref_count == 1 and block.is_resident and not self.is_demotable(block)
+            for block in last_blocks
+        )
+        return Placement(version, tensor, tuple(runs), is_writable)
 
 
 def _device_slots(table: BlockTable) -> list[list[int]]:

@@ -36,6 +36,13 @@ class ClosedCacheError(TieredCacheError, ValueError):
     """The cache was used after `close()`; make a new one."""
 
 
+class CacheInUseError(TieredCacheError):
+    """A thread came to a cache while another one was in the middle of a forward with it.
+
+    Nothing of the newcomer was stored; the other one may go on.
+    """
+
+
 class KernelUnavailableError(TieredCacheError, ImportError):
     """A kernel was forced that was not built or that this processor cannot run."""
 

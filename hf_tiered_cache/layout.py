@@ -6,6 +6,7 @@ than token-major); the 4 KiB alignment lets the same bytes be a disk record unde
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -36,7 +37,7 @@ class BlockLayout:
         """Bytes from the block's start to its values (the size of its keys)."""
         return self.kv_heads * self.block_tokens * self.key_dim * self.dtype.itemsize
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of keys and values, without the padding."""
         dims = self.key_dim + self.value_dim

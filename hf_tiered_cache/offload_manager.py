@@ -92,7 +92,7 @@ class OffloadManager:
         if num_tokens == 0:
             return
         room = table.num_blocks * self.layout.block_tokens - start
-        must_own = room > 0 and not self._owns_last_blocks(table)
+        must_own = room > 0 and not self.blocks.placement(table).is_writable
         if must_own or num_tokens > room:
             self._check_capacity(table, num_tokens)
         done = 0
@@ -102,16 +102,20 @@ class OffloadManager:
             while done < num_tokens:
                 if room == 0:
                     room = self._add_columns(table, num_tokens - done)
-                part = slice(done, min(num_tokens, done + room))
-                self._write(table, keys[:, :, part], values[:, :, part])
-                done, room = part.stop, 0
+                count = min(num_tokens - done, room)
+                if count == num_tokens:  # in decode nearly always; slicing costs as much as writing
+                    self._write(table, keys, values)
+                else:
+                    part = slice(done, done + count)
+                    self._write(table, keys[:, :, part], values[:, :, part])
+                done, room = done + count, 0
         except BaseException:
             self.truncate(table, start)
             raise
 
     def _write(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         start = table.num_tokens
-        slots = self.blocks.placement(table).slots[:, start // self.layout.block_tokens :]
+        slots = self.blocks.placement(table).slots
         ops.append_tokens(keys, values, self.device_tier.slab, slots, self.layout, start)
         if self.blocks.advance(table, keys.shape[2]):
             self._store_ahead(table)
@@ -126,15 +130,6 @@ class OffloadManager:
             for row in range(table.batch):
                 self.blocks.append_block(table, row, self._allocate())
         return columns * self.layout.block_tokens
-
-    def _owns_last_blocks(self, table: BlockTable) -> bool:
-        """The last block of every row may be written: unshared, resident, not to be demoted."""
-        return all(
-            (block := row[-1]).ref_count == 1
-            and block.is_resident
-            and not self.blocks.is_demotable(block)
-            for row in table.rows
-        )
 
     def _own_last_blocks(self, table: BlockTable) -> None:
         """Make the filling blocks writable: resident, unshared and without copies below."""
@@ -419,7 +414,9 @@ class OffloadManager:
                 return
             if run.is_resident:
                 self.counters.resident_reads += (last - run.first) * table.batch
-                yield Chunk(run.first, placement.slots[:, run.first : last])
+                is_whole = run.first == 0 and last == table.num_blocks
+                slots = placement.slots if is_whole else placement.slots[:, run.first : last]
+                yield Chunk(run.first, slots)
             else:
                 yield from self._stream_cold(table, run.first, last, scan)
 

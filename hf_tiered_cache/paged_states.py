@@ -6,6 +6,7 @@ tensor first: right, slower, and told once with the fix. So a model whose attent
 still computes the truth.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,8 +45,17 @@ class Reader:
         """Whether a living model other than that of `config` attended before; else remember it."""
         known = None if self._config is None else self._config()
         if known is None:
-            self._config = weakref.ref(config)
+            with contextlib.suppress(TypeError):  # a config that cannot be referred to weakly
+                self._config = weakref.ref(config)
         return known is not None and known is not config
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model as its config tells, 0 where it does not."""
+        config = None if self._config is None else self._config()
+        if getattr(config, "is_encoder_decoder", False):
+            return 0  # may count those of the encoder
+        return getattr(config, "num_hidden_layers", 0)
 
     def __repr__(self) -> str:
         config = None if self._config is None else self._config()
@@ -174,13 +184,36 @@ class PagedStates(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        _check_writes_no_handle(func, args, kwargs)
         logger.warning_once(TOLD_ONCE)
-        args, kwargs = tree_map_only(PagedStates, PagedStates.materialize, (args, kwargs or {}))
+        args, kwargs = tree_map_only(PagedStates, PagedStates.materialize, (args, kwargs))
         return func(*args, **kwargs)
 
     def materialize(self) -> torch.Tensor:
         """The dense tensor this handle stands for."""
         return self.snapshot.materialize(self.part)
+
+    # What follows would not arrive as an operation: torch reaches for bytes that are not there, or
+    # writes into a tensor that was built for the occasion.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.materialize().numpy(force=force)
+
+    def tolist(self) -> list[Any]:
+        return self.materialize().tolist()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.materialize().__dlpack__(**kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialize()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _read_only("setting an item")
 
     def refuse_backward(self) -> "PagedStates":
         """Let a backward pass that arrives here raise `BackwardError`."""
@@ -190,6 +223,23 @@ class PagedStates(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PagedStates({self.part}, {list(self.shape)}, {self.dtype}, device={self.device})"
+
+
+def _check_writes_no_handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedInputError if `func` would write into a handle: the bytes would be lost."""
+    if not func._schema.is_mutable:
+        return
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    for argument in func._schema.arguments:
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        if is_written and isinstance(given.get(argument.name), PagedStates):
+            raise _read_only(str(func))
+
+
+def _read_only(what: str) -> UnsupportedInputError:
+    return UnsupportedInputError(
+        f"{what}: keys and values of a TieredCache are read-only; work on a copy, `.clone()`"
+    )
 
 
 def _raise_backward_error(gradient: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ PACKAGE = "hf_tiered_cache"
 ROOT = Path(hf_tiered_cache.__file__).parent
 FLOORS = {
     "errors": 0,
+    "forward_guard": 1,
     "sizes": 1,
     "layout": 1,
     "config": 2,
@@ -29,11 +30,12 @@ FLOORS = {
     "paged_states": 7,
     "dense_attention": 7,
     "attention": 8,
+    "cache_layers": 8,
     "cache": 9,
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]
-HUGGING_FACE_ROOMS = {"cache", "attention"}
+HUGGING_FACE_ROOMS = {"cache", "cache_layers", "attention"}
 BUILT = {"_C"}  # compiled, not a room
 
 

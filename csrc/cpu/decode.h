@@ -546,10 +546,8 @@ void FoldItem(void* context, int64_t item) {
       p.state.sum[index] = sum;
     }
     if (p.output.out != nullptr) {
-      const int64_t head = row / p.queries;
-      p.output.lse[index] = FinishRow<kType>(
-          acc, max, sum, p.output.sinks == nullptr ? nullptr : p.output.sinks + head, value_dim,
-          OutputRow<kType>(p.output, sequence, head, row % p.queries), p.output.stride[3]);
+      FinishOutput<kType>(p.output, index, sequence, row / p.queries, row % p.queries, acc, max,
+                          sum, value_dim);
     }
   }
 }

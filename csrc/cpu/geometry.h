@@ -2,6 +2,7 @@
 // once per instruction set, see vector.h.
 #pragma once
 
+#include "../online_softmax.h"
 #include "../thread_pool.h"
 #include "vector.h"
 
@@ -89,11 +90,16 @@ HTC_INLINE const Element<kType>* QueryRow(const AttentionParams& p, int64_t sequ
          head * p.query_stride[1] + query * p.query_stride[2];
 }
 
+// Normalise the row of one query into the output; `index` counts [batch, heads, queries].
 template <DType kType>
-HTC_INLINE Element<kType>* OutputRow(const OutputRows& output, int64_t sequence, int64_t head,
-                                     int64_t query) {
-  return static_cast<Element<kType>*>(output.out) + sequence * output.stride[0] +
-         head * output.stride[1] + query * output.stride[2];
+HTC_INLINE void FinishOutput(const OutputRows& output, int64_t index, int64_t sequence,
+                             int64_t head, int64_t query, const float* acc, float max, float sum,
+                             int64_t value_dim) {
+  auto* out = static_cast<Element<kType>*>(output.out) + sequence * output.stride[0] +
+              head * output.stride[1] + query * output.stride[2];
+  const float* sink = output.sinks == nullptr ? nullptr : output.sinks + head;
+  const float lse = FinishRow<kType>(acc, max, sum, sink, value_dim, out, output.stride[3]);
+  if (output.lse != nullptr) output.lse[index] = lse;
 }
 
 }  // namespace

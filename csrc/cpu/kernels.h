@@ -36,10 +36,8 @@ void FinishItem(void* context, int64_t index) {
   const int64_t query = index % p.queries;
   const int64_t head = index / p.queries % p.heads;
   const int64_t sequence = index / p.queries / p.heads;
-  p.output.lse[index] =
-      FinishRow<kType>(p.state.acc + index * p.value_dim, p.state.max[index], p.state.sum[index],
-                       p.output.sinks == nullptr ? nullptr : p.output.sinks + head, p.value_dim,
-                       OutputRow<kType>(p.output, sequence, head, query), p.output.stride[3]);
+  FinishOutput<kType>(p.output, index, sequence, head, query, p.state.acc + index * p.value_dim,
+                      p.state.max[index], p.state.sum[index], p.value_dim);
 }
 
 void Finish(const FinishParams& p) {

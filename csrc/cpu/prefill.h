@@ -376,11 +376,8 @@ void PrefillItem(void* context, int64_t item) {
       p.state.sum[index] = b.sum[row];
     }
     if (p.output.out != nullptr) {
-      const int64_t head = b.row_head[row];
-      p.output.lse[index] = FinishRow<kType>(
-          acc, b.max[row], b.sum[row],
-          p.output.sinks == nullptr ? nullptr : p.output.sinks + head, value_dim,
-          OutputRow<kType>(p.output, sequence, head, b.row_query[row]), p.output.stride[3]);
+      FinishOutput<kType>(p.output, index, sequence, b.row_head[row], b.row_query[row], acc,
+                          b.max[row], b.sum[row], value_dim);
     }
   }
 }

@@ -24,13 +24,10 @@ def check_attention(
     bias: Tensor | None,
 ) -> None:
     """Refuse what `paged_attention` and `attend_blocks` cannot mean."""
-    if query.dim() != 4 or query.shape[3] != layout.key_dim:
-        _refuse(
-            "query",
-            list(query.shape),
-            f"[batch, heads, queries, key_dim {layout.key_dim}]",
-        )
-    batch, heads, queries, _ = query.shape
+    shape = query.shape
+    if len(shape) != 4 or shape[3] != layout.key_dim:
+        _refuse("query", list(shape), f"[batch, heads, queries, key_dim {layout.key_dim}]")
+    batch, heads, queries, _ = shape
     if heads % layout.kv_heads != 0 or heads == 0:
         _refuse("query heads", heads, f"a multiple of kv_heads {layout.kv_heads}")
     if query.dtype != layout.dtype and not query.is_floating_point():
@@ -63,26 +60,25 @@ def check_append(
     table: Tensor,
     layout: BlockLayout,
     start_token: int,
+    first_token: int,
 ) -> None:
     """Refuse what `append_tokens` cannot write."""
-    for what, new, dim in (("keys", keys, layout.key_dim), ("values", values, layout.value_dim)):
-        if new.dim() != 4 or new.shape[1] != layout.kv_heads or new.shape[3] != dim:
-            _refuse(
-                what, list(new.shape), f"[batch, kv_heads {layout.kv_heads}, tokens, dim {dim}]"
-            )
-        if new.dtype != layout.dtype or new.device != blocks.device:
-            _refuse(what, f"{new.dtype} on {new.device}", f"{layout.dtype} on {blocks.device}")
-    if keys.shape[:3] != values.shape[:3]:
+    _check_new("keys", keys, layout.key_dim, blocks, layout)
+    _check_new("values", values, layout.value_dim, blocks, layout)
+    batch, _, tokens, _ = keys.shape
+    if values.shape[2] != tokens or values.shape[0] != batch:
         _refuse("values [batch, kv_heads, tokens]", list(values.shape[:3]), list(keys.shape[:3]))
-    _check_blocks(blocks, table, layout, keys.shape[0])
-    if start_token < 0:
-        _refuse("start_token", start_token, "0 or more")
-    needed = layout.num_blocks(start_token % layout.block_tokens + keys.shape[2])
-    if table.shape[1] < needed:
+    _check_blocks(blocks, table, layout, batch)
+    if first_token % layout.block_tokens != 0:
+        _refuse("first_token", first_token, f"a multiple of block_tokens {layout.block_tokens}")
+    if not 0 <= first_token <= start_token:
+        _refuse("start_token", start_token, f"first_token {first_token} (0 or more), or later")
+    needed = layout.num_blocks(start_token - first_token + tokens)
+    if table.size(1) < needed:
         _refuse(
             "table num_blocks",
-            table.shape[1],
-            f"at least {needed} for {keys.shape[2]} tokens from position {start_token}",
+            table.size(1),
+            f"at least {needed} for {tokens} tokens from position {start_token}",
         )
 
 
@@ -102,7 +98,8 @@ def check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None
 
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
     """Refuse an output that the result does not fit."""
-    if out.shape != shape or out.dtype != dtype or out.device != like.device:
+    is_near = (out.is_cpu and like.is_cpu) or out.device == like.device
+    if out.shape != shape or out.dtype != dtype or not is_near:
         _refuse(
             "out",
             f"{out.dtype} {list(out.shape)} on {out.device}",
@@ -114,6 +111,16 @@ def check_sinks(sinks: Tensor, like: Tensor) -> None:
     """Refuse sinks that are not one per head."""
     if sinks.shape != (like.shape[1],) or sinks.device != like.device:
         _refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
+
+
+def _check_new(what: str, new: Tensor, dim: int, blocks: Tensor, layout: BlockLayout) -> None:
+    shape = new.shape
+    if len(shape) != 4 or shape[1] != layout.kv_heads or shape[3] != dim:
+        _refuse(what, list(shape), f"[batch, kv_heads {layout.kv_heads}, tokens, dim {dim}]")
+    if new.dtype != layout.dtype or (
+        not (new.is_cpu and blocks.is_cpu) and new.device != blocks.device
+    ):
+        _refuse(what, f"{new.dtype} on {new.device}", f"{layout.dtype} on {blocks.device}")
 
 
 def _check_blocks(blocks: Tensor, table: Tensor, layout: BlockLayout, batch: int) -> None:

@@ -46,6 +46,7 @@ __all__ = [
 
 MAX_HEAD_DIM = 256  # of the compiled core
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc: enum class DType
+_NO_LSE = torch.empty(0)  # its address is null
 
 
 def append_tokens(
@@ -55,17 +56,20 @@ def append_tokens(
     table: Tensor,
     layout: BlockLayout,
     start_token: int,
+    first_token: int = 0,
 ) -> None:
     """Write new tokens at positions start_token.. of every sequence.
 
     keys [batch, kv_heads, tokens, key_dim] and values [batch, kv_heads, tokens, value_dim], any
-    strides. blocks: uint8 [slots, layout.num_bytes]. table int32 [batch, n]: the slots of the
-    blocks from start_token // block_tokens on. Raises UnsupportedInputError before any write.
+    strides. blocks: uint8 [slots, layout.num_bytes]. table int32 [batch, n]: its column 0 starts
+    at position `first_token` (a multiple of block_tokens). Raises UnsupportedInputError before any
+    write.
     """
-    checks.check_append(keys, values, blocks, table, layout, start_token)
+    checks.check_append(keys, values, blocks, table, layout, start_token, first_token)
     kernel = chosen_kernel()
+    column = (start_token - first_token) // layout.block_tokens
     if kernel.core is None or not keys.is_cpu or layout.dtype not in DTYPE_NUMBERS:
-        reference.append_tokens(keys, values, blocks, table, layout, start_token)
+        reference.append_tokens(keys, values, blocks, table[:, column:], layout, start_token)
         return
     batch, kv_heads, tokens, key_dim = keys.shape
     try:
@@ -76,10 +80,10 @@ def append_tokens(
             values.stride(),
             blocks.data_ptr(),
             blocks.stride(0),
-            blocks.shape[0],
-            table.data_ptr(),
+            blocks.size(0),
+            table.data_ptr() + column * table.element_size(),
             table.stride(0),
-            (batch, kv_heads, tokens, key_dim, values.shape[3]),
+            (batch, kv_heads, tokens, key_dim, layout.value_dim),
             layout.block_tokens,
             layout.dtype.itemsize,
             start_token,
@@ -106,6 +110,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    return_lse: bool = True,
 ) -> AttentionState:
     """Attend the blocks of a table in one shot.
 
@@ -122,7 +127,8 @@ def paged_attention(
     [heads]: one more score per head that has no value; the log-sum-exp counts it.
 
     out [batch, heads, queries, value_dim]: written if given (any strides, the query's dtype),
-    else new in the query's dtype. Raises UnsupportedInputError before anything is written.
+    else new in the query's dtype. The state's lse is empty unless `return_lse`. Raises
+    UnsupportedInputError before anything is written.
     """
     checks.check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
     batch, heads, queries, _ = query.shape
@@ -155,7 +161,7 @@ def paged_attention(
             softcap=softcap,
         )
         return finish_attention(state, out, sinks=sinks)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32) if return_lse else _NO_LSE
     sinks = _as_float32(sinks)
     _attend_compiled(
         kernel,
@@ -322,9 +328,7 @@ def _runs_compiled(
     layout: BlockLayout,
     bias: Tensor | None,
 ) -> bool:
-    if kernel.core is None:
-        return False
-    return not not_supported_reasons(query, layout, bias=bias)
+    return kernel.core is not None and not not_supported_reasons(query, layout, bias=bias)
 
 
 def _attend_compiled(
@@ -355,11 +359,11 @@ def _attend_compiled(
             query.stride(),
             blocks.data_ptr(),
             blocks.stride(0),
-            blocks.shape[0],
+            blocks.size(0),
             (layout.kv_heads, layout.block_tokens, layout.key_dim, layout.value_dim),
             table.data_ptr(),
             table.stride(0),
-            table.shape[1],
+            table.size(1),
             kv_tokens,
             first_token,
             query_start,

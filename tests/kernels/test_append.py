@@ -9,9 +9,12 @@ from hf_tiered_cache.layout import BlockLayout
 BATCH, KV_HEADS = 2, 3
 
 
-def written(layout: BlockLayout, start: int, keys: torch.Tensor, values: torch.Tensor):
-    """(blocks, expected blocks) after appending to zeroed blocks at position `start`."""
-    columns = layout.num_blocks(start % layout.block_tokens + keys.shape[2])
+def written(
+    layout: BlockLayout, start: int, keys: torch.Tensor, values: torch.Tensor, first: int = 0
+):
+    """(blocks, expected blocks) after appending to zeroed blocks at position `start`, by a table
+    whose column 0 starts at position `first`."""
+    columns = layout.num_blocks(start - first + keys.shape[2])
     slots = BATCH * columns + 2
     table = torch.randperm(slots, generator=torch.Generator().manual_seed(3))
     table = table[: BATCH * columns].view(BATCH, columns).int()
@@ -19,12 +22,12 @@ def written(layout: BlockLayout, start: int, keys: torch.Tensor, values: torch.T
     expected = blocks.clone()
     expected_keys, expected_values = layout.keys(expected), layout.values(expected)
     for token in range(keys.shape[2]):
-        column, inside = divmod(start % layout.block_tokens + token, layout.block_tokens)
+        column, inside = divmod(start - first + token, layout.block_tokens)
         for sequence in range(BATCH):
             slot = int(table[sequence, column])
             expected_keys[slot, :, inside] = keys[sequence, :, token]
             expected_values[slot, :, inside] = values[sequence, :, token]
-    ops.append_tokens(keys, values, blocks, table, layout, start)
+    ops.append_tokens(keys, values, blocks, table, layout, start, first)
     return blocks, expected
 
 
@@ -50,6 +53,14 @@ def test_any_strides_are_read(kernel):
     assert torch.equal(blocks, expected)
 
 
+@pytest.mark.parametrize("first", [0, 8, 16])
+def test_a_table_may_begin_anywhere_before_the_new_tokens(kernel, first):
+    layout = BlockLayout(KV_HEADS, 24, 40, 8, torch.float32)
+    keys, values = torch.randn(BATCH, KV_HEADS, 11, 24), torch.randn(BATCH, KV_HEADS, 11, 40)
+    blocks, expected = written(layout, 19, keys, values, first)
+    assert torch.equal(blocks, expected)
+
+
 def test_no_tokens_write_nothing(kernel):
     layout = BlockLayout(KV_HEADS, 24, 40, 8, torch.float32)
     blocks, expected = written(
@@ -66,7 +77,7 @@ def test_what_is_appended_is_what_is_attended(make_case, kernel):
             case.keys[:, :, start:stop],
             case.values[:, :, start:stop],
             blocks,
-            case.table[:, start // 16 :],
+            case.table,
             case.layout,
             start,
         )

@@ -1,0 +1,338 @@
+"""The layers of a `TieredCache`: full attention kept in blocks, alone or beside linear states.
+
+A `TieredLayer` turns the new keys and values of one layer into blocks and returns paged handles on
+everything seen; which tier holds what is the business of the rooms below.
+"""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from hf_tiered_cache.block_manager import BlockTable
+from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.manager_pool import ManagerPool
+from hf_tiered_cache.offload_manager import OffloadManager
+from hf_tiered_cache.paged_states import PagedStates, Reader, Snapshot
+
+
+class OwnedTables:
+    """The tables of one cache, layer by layer; what must be dropped when the cache goes.
+
+    `reader` is the model that attends them.
+    """
+
+    def __init__(self, pool: ManagerPool) -> None:
+        self.pool = pool
+        self.reader = Reader()
+        self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
+        self._scans: dict[OffloadManager, list[BlockTable]] = {}
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        """In layer order."""
+        return [table for _, (_, table) in sorted(self._tables.items())]
+
+    @property
+    def first_layer(self) -> int | None:
+        """The number of the first layer that has a table."""
+        return min(self._tables, default=None)
+
+    def scan(self, manager: OffloadManager) -> list[BlockTable]:
+        """The manager's tables in the order a forward reads them."""
+        if manager not in self._scans:
+            owners = sorted(self._tables.items())
+            self._scans[manager] = [table for _, (owner, table) in owners if owner is manager]
+        return self._scans[manager]
+
+    def add(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
+        self._tables[layer_idx] = (manager, table)
+        self._scans.clear()
+
+    def drop(self, layer_idx: int) -> None:
+        """Drop a layer's table and what only it held."""
+        manager, table = self._tables.pop(layer_idx)
+        self._scans.clear()
+        manager.drop_table(table)
+        if not self._tables:
+            self.reader = Reader()  # an empty cache is free for another model
+
+    def release(self) -> None:
+        """The cache is gone: drop its tables, and the pool with the last fork."""
+        tables = list(self._tables.values())
+        self._tables.clear()
+        self._scans.clear()
+        self.pool.release(tables)
+
+
+class TieredLayer(CacheLayerMixin):
+    """One full-attention layer of a `TieredCache`, kept in blocks."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, owned: OwnedTables, layer_idx: int) -> None:
+        # Not calling super: it would set `keys` and `values`, which are views here.
+        self._owned = owned
+        self._layer_idx = layer_idx
+        self._manager: OffloadManager | None = None
+        self._table: BlockTable | None = None
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> PagedStates | None:
+        """A handle on all keys `[batch, kv_heads, tokens, head_dim]`; None before the first."""
+        return self._handles()[0] if self._table is not None else None
+
+    @property
+    def values(self) -> PagedStates | None:
+        """A handle on all values `[batch, kv_heads, tokens, head_dim]`; None before the first."""
+        return self._handles()[1] if self._table is not None else None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in this layer; -1 before the first update."""
+        return -1 if self._table is None else self._table.batch
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Choose the blocks' shape and device from the first tensors and open an empty table."""
+        _check_states(key_states, value_states)
+        self._manager = self._owned.pool.manager(key_states, value_states)
+        with self._manager.lock:
+            self._table = self._manager.new_table(self._layer_idx, key_states.shape[0])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._owned.add(self._layer_idx, self._manager, self._table)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens `[batch, kv_heads, tokens, head_dim]`; return handles on all.
+
+        Raises, before anything changed: UnsupportedInputError for another shape, dtype or device
+        than this layer holds, OutOfBlocksError when no tier has room, ClosedCacheError.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            try:
+                return self.update(key_states, value_states)
+            except BaseException:
+                self._drop_table()
+                raise
+        manager, table = self._manager, self._table
+        assert manager is not None and table is not None
+        self._check_fits(table, key_states, value_states)
+        needs_grad = (
+            key_states.requires_grad or value_states.requires_grad
+        ) and torch.is_grad_enabled()
+        if needs_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        with manager.lock:
+            manager.append(table, key_states, value_states)
+        keys, values = self._handles(num_new_tokens=key_states.shape[2])
+        if needs_grad:
+            keys, values = keys.refuse_backward(), values.refuse_backward()
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys a forward with `query_length` new tokens will attend."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return 0 if self._table is None else self._table.num_tokens
+
+    def get_max_length(self) -> int:
+        """-1: bounded by the tiers' bytes, not by a number of tokens."""
+        return -1
+
+    def offload(self) -> None:
+        """Nothing: blocks are demoted one by one as room is needed."""
+
+    def prefetch(self) -> None:
+        """Nothing: loads run ahead of attention by themselves."""
+
+    def reset(self) -> None:
+        """Forget everything; the next update may bring another batch."""
+        self._drop_table()
+
+    def _drop_table(self) -> None:
+        if self._table is not None and self._manager is not None:
+            with self._manager.lock:
+                self._detach_snapshots()
+                self._owned.drop(self._layer_idx)
+            self._manager = self._table = None
+            self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens (a count at most 0, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise UnsupportedInputError(
+                f"crop({tokens_to_remove}): expected 0 or a negative count of tokens to remove"
+            )
+        if tokens_to_remove == 0 or self._table is None or self._manager is None:
+            return
+        with self._manager.lock:
+            self._detach_snapshots()
+            keep = max(0, self._table.num_tokens + tokens_to_remove)
+            self._manager.truncate(self._table, keep)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Make sequence `i` what sequence `rows[i]` was, sharing its blocks."""
+        if self._table is None or self._manager is None:
+            return
+        batch = self._table.batch
+        wrong = [row for row in rows if not -batch <= row < batch]
+        if wrong or not rows:
+            raise UnsupportedInputError(
+                f"rows {wrong or rows} of a batch of {batch}: expected at least one, each from "
+                f"{-batch} to {batch - 1}"
+            )
+        with self._manager.lock:
+            self._detach_snapshots()
+            self._manager.select_rows(self._table, rows)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the sequences for beam search; blocks are shared, not copied."""
+        self.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times; blocks are shared, not copied."""
+        self.select_rows([row for row in range(max(0, self.batch_size)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences `indices` (anything that indexes a dimension)."""
+        if self._table is not None:
+            self.select_rows(torch.arange(self._table.batch)[indices].tolist())
+
+    def fork(self, owned: OwnedTables) -> "TieredLayer":
+        """The same tokens in another cache; full blocks are shared."""
+        layer = TieredLayer(owned, self._layer_idx)
+        if self._table is not None and self._manager is not None:
+            with self._manager.lock:
+                layer._table = self._manager.blocks.fork(self._table)
+            layer._manager = self._manager
+            layer.dtype, layer.device = self.dtype, self.device
+            layer.is_initialized = True
+            owned.add(self._layer_idx, layer._manager, layer._table)
+        return layer
+
+    def _handles(self, num_new_tokens: int = 0) -> tuple[PagedStates, PagedStates]:
+        manager, table = self._manager, self._table
+        assert manager is not None and table is not None
+        owned = self._owned
+        snapshot = Snapshot(manager, table, owned.scan(manager), owned.reader, num_new_tokens)
+        self._snapshots.add(snapshot)
+        return PagedStates(snapshot, "keys"), PagedStates(snapshot, "values")
+
+    def _detach_snapshots(self) -> None:
+        """Before the table changes otherwise than by appending: handles keep what they saw."""
+        for snapshot in list(self._snapshots):
+            snapshot.detach()
+        self._snapshots.clear()
+
+    def _check_fits(
+        self, table: BlockTable, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        layout, shape = table.layout, key_states.shape
+        expected = (table.batch, layout.kv_heads, layout.key_dim, layout.value_dim)
+        if (
+            len(shape) == 4
+            and (shape[0], shape[1], shape[3]) == expected[:3]
+            and value_states.shape == (shape[0], shape[1], shape[2], layout.value_dim)
+            and key_states.dtype == value_states.dtype == layout.dtype
+            and key_states.device == value_states.device == self.device
+        ):
+            return
+        _check_states(key_states, value_states)
+        batch = shape[0]
+        got = (batch, shape[1], shape[3], value_states.shape[3])
+        if batch != table.batch and table.num_tokens == 0:
+            raise UnsupportedInputError(f"a batch of {batch} for an empty layer of {table.batch}")
+        raise UnsupportedInputError(
+            f"layer {self._layer_idx} holds (batch, kv_heads, key head_dim, value head_dim) = "
+            f"{expected} in {layout.dtype} on {self.device}, but got {got} in {key_states.dtype} "
+            f"on {key_states.device}: use one cache per model and batch (batch_repeat_interleave "
+            "or batch_select_indices change the batch, reset() empties the cache)"
+        )
+
+
+class TieredHybridLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer with full attention, kept in blocks, and linear states, kept as transformers does
+    (Falcon-H1, Zamba2)."""
+
+    def __init__(self, owned: OwnedTables, layer_idx: int, number_of_states: int = 1) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        TieredLayer.__init__(self, owned, layer_idx)
+
+    @classmethod
+    def around(
+        cls, layer: TieredLayer | LinearAttentionLayer, owned: OwnedTables, layer_idx: int
+    ) -> "TieredHybridLayer":
+        """What `layer` holds of the one kind, with room for the other."""
+        hybrid = cls(owned, layer_idx)
+        hybrid.__dict__.update(vars(layer))
+        return hybrid
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return LinearAttentionCacheLayerMixin.is_croppable.fget(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Positional arguments come from attention, keywords from the linear states (as in
+        transformers' own class)."""
+        if args:
+            TieredLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        LinearAttentionLayer.reset(self)
+        TieredLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from both; raises RuntimeError unless past states were recorded."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        TieredLayer.crop(self, tokens_to_remove)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Make sequence `i` what sequence `rows[i]` was."""
+        TieredLayer.select_rows(self, rows)
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(rows))
+
+    def fork(self, owned: OwnedTables) -> "TieredHybridLayer":
+        """The same tokens and states in another cache; full blocks are shared, states copied."""
+        tiered = TieredLayer.fork(self, owned)
+        hybrid = TieredHybridLayer.around(tiered, owned, self._layer_idx)
+        for name in vars(self).keys() - vars(tiered).keys():
+            setattr(hybrid, name, copy.deepcopy(getattr(self, name)))
+        return hybrid
+
+
+def _check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    if (
+        key_states.dim() != 4
+        or value_states.dim() != 4
+        or key_states.shape[:3] != value_states.shape[:3]
+        or key_states.dtype != value_states.dtype
+        or key_states.device != value_states.device
+        or not key_states.is_floating_point()
+    ):
+        raise UnsupportedInputError(
+            f"keys {_describe(key_states)} and values {_describe(value_states)}: expected two "
+            "floating-point tensors [batch, kv_heads, tokens, head_dim] of one dtype and device"
+        )
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

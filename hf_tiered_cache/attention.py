@@ -154,7 +154,6 @@ def _stream_attention(
     """
     manager, layout = snapshot.manager, snapshot.layout
     batch, heads, num_queries, _ = query.shape
-    num_blocks = layout.num_blocks(snapshot.num_tokens)
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
     arguments: dict[str, Any] = {
         "kv_tokens": snapshot.num_tokens,
@@ -165,24 +164,24 @@ def _stream_attention(
         "bias": bias,
         "softcap": softcap,
     }
+    heads_first = out.transpose(1, 2)
     with manager.lock, span("attention"):
         slab = manager.device_tier.slab
-        state = None
+        slots = manager.resident_slots(snapshot.table, snapshot.num_tokens)
+        if slots is not None:
+            ops.paged_attention(
+                query,
+                slab,
+                slots,
+                layout,
+                sinks=sinks,
+                out=heads_first,
+                return_lse=False,
+                **arguments,
+            )
+            return out
+        state = ops.RunningState.begin(query, layout.value_dim)
         for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens):
-            if chunk.slots.shape[1] == num_blocks:
-                ops.paged_attention(
-                    query,
-                    slab,
-                    chunk.slots,
-                    layout,
-                    sinks=sinks,
-                    out=out.transpose(1, 2),
-                    return_lse=False,
-                    **arguments,
-                )
-                return out
-            if state is None:
-                state = ops.RunningState.begin(query, layout.value_dim)
             ops.attend_blocks(
                 state,
                 query,
@@ -192,8 +191,7 @@ def _stream_attention(
                 first_token=chunk.first * layout.block_tokens,
                 **arguments,
             )
-        assert state is not None, "attention over an empty layer"
-        ops.finish_attention(state, out=out.transpose(1, 2), sinks=sinks)
+        ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 
 

@@ -23,10 +23,14 @@ from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.paged_states import PagedStates, Reader, Snapshot
 
 
+MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
+
+
 class OwnedTables:
     """The tables of one cache, layer by layer; what must be dropped when the cache goes.
 
-    `reader` is the model that attends them.
+    `reader` is the model that attends them, `first_layer` the number of the first layer that has
+    a table.
     """
 
     def __init__(self, pool: ManagerPool) -> None:
@@ -34,16 +38,12 @@ class OwnedTables:
         self.reader = Reader()
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
+        self.first_layer: int | None = None
 
     @property
     def tables(self) -> list[BlockTable]:
         """In layer order."""
         return [table for _, (_, table) in sorted(self._tables.items())]
-
-    @property
-    def first_layer(self) -> int | None:
-        """The number of the first layer that has a table."""
-        return min(self._tables, default=None)
 
     def scan(self, manager: OffloadManager) -> list[BlockTable]:
         """The manager's tables in the order a forward reads them."""
@@ -54,12 +54,12 @@ class OwnedTables:
 
     def add(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
         self._tables[layer_idx] = (manager, table)
-        self._scans.clear()
+        self._reindex()
 
     def drop(self, layer_idx: int) -> None:
         """Drop a layer's table and what only it held."""
         manager, table = self._tables.pop(layer_idx)
-        self._scans.clear()
+        self._reindex()
         manager.drop_table(table)
         if not self._tables:
             self.reader = Reader()  # an empty cache is free for another model
@@ -68,8 +68,12 @@ class OwnedTables:
         """The cache is gone: drop its tables, and the pool with the last fork."""
         tables = list(self._tables.values())
         self._tables.clear()
-        self._scans.clear()
+        self._reindex()
         self.pool.release(tables)
+
+    def _reindex(self) -> None:
+        self._scans.clear()
+        self.first_layer = min(self._tables, default=None)
 
 
 class TieredLayer(CacheLayerMixin):
@@ -85,7 +89,7 @@ class TieredLayer(CacheLayerMixin):
         self._layer_idx = layer_idx
         self._manager: OffloadManager | None = None
         self._table: BlockTable | None = None
-        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._snapshots: list[weakref.ref[Snapshot]] = []  # some may have died
         self.is_initialized = False
 
     @property
@@ -130,14 +134,16 @@ class TieredLayer(CacheLayerMixin):
                 raise
         manager, table = self._manager, self._table
         assert manager is not None and table is not None
-        self._check_fits(table, key_states, value_states)
         needs_grad = (
             key_states.requires_grad or value_states.requires_grad
         ) and torch.is_grad_enabled()
         if needs_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        with manager.lock:
-            manager.append(table, key_states, value_states)
+        try:
+            with manager.lock:
+                manager.append(table, key_states, value_states)
+        except UnsupportedInputError as error:
+            raise self._misfit(table, key_states, value_states) from error
         keys, values = self._handles(num_new_tokens=key_states.shape[2])
         if needs_grad:
             keys, values = keys.refuse_backward(), values.refuse_backward()
@@ -231,34 +237,30 @@ class TieredLayer(CacheLayerMixin):
         assert manager is not None and table is not None
         owned = self._owned
         snapshot = Snapshot(manager, table, owned.scan(manager), owned.reader, num_new_tokens)
-        self._snapshots.add(snapshot)
-        return PagedStates(snapshot, "keys"), PagedStates(snapshot, "values")
+        if len(self._snapshots) >= MAX_DEAD_SNAPSHOTS:
+            self._snapshots = [known for known in self._snapshots if known() is not None]
+        self._snapshots.append(weakref.ref(snapshot))
+        return snapshot.handles()
 
     def _detach_snapshots(self) -> None:
         """Before the table changes otherwise than by appending: handles keep what they saw."""
-        for snapshot in list(self._snapshots):
-            snapshot.detach()
+        for known in self._snapshots:
+            if (snapshot := known()) is not None:
+                snapshot.detach()
         self._snapshots.clear()
 
-    def _check_fits(
+    def _misfit(
         self, table: BlockTable, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> None:
-        layout, shape = table.layout, key_states.shape
-        expected = (table.batch, layout.kv_heads, layout.key_dim, layout.value_dim)
-        if (
-            len(shape) == 4
-            and (shape[0], shape[1], shape[3]) == expected[:3]
-            and value_states.shape == (shape[0], shape[1], shape[2], layout.value_dim)
-            and key_states.dtype == value_states.dtype == layout.dtype
-            and key_states.device == value_states.device == self.device
-        ):
-            return
+    ) -> UnsupportedInputError:
+        """What does not fit, in the words of a cache's user."""
         _check_states(key_states, value_states)
-        batch = shape[0]
-        got = (batch, shape[1], shape[3], value_states.shape[3])
+        layout = table.layout
+        batch, kv_heads, _, key_dim = key_states.shape
         if batch != table.batch and table.num_tokens == 0:
-            raise UnsupportedInputError(f"a batch of {batch} for an empty layer of {table.batch}")
-        raise UnsupportedInputError(
+            return UnsupportedInputError(f"a batch of {batch} for an empty layer of {table.batch}")
+        expected = (table.batch, layout.kv_heads, layout.key_dim, layout.value_dim)
+        got = (batch, kv_heads, key_dim, value_states.shape[3])
+        return UnsupportedInputError(
             f"layer {self._layer_idx} holds (batch, kv_heads, key head_dim, value head_dim) = "
             f"{expected} in {layout.dtype} on {self.device}, but got {got} in {key_states.dtype} "
             f"on {key_states.device}: use one cache per model and batch (batch_repeat_interleave "

@@ -20,7 +20,7 @@ import torch
 
 from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
 from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
-from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels import checks, ops
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.sizes import format_bytes
@@ -84,8 +84,9 @@ class OffloadManager:
         """Write tokens behind the last ones of every row; older blocks are demoted to make room.
 
         keys `[batch, kv_heads, tokens, key_dim]`, values `[batch, kv_heads, tokens, value_dim]`.
-        Raises OutOfBlocksError before anything changed; TierIOError when making room failed, and
-        the table then holds what it held.
+        Raises UnsupportedInputError for tensors that do not fit the blocks, OutOfBlocksError, both
+        before anything changed; TierIOError when making room failed, and the table then holds what
+        it held.
         """
         self._check_held(table)
         num_tokens, start = keys.shape[2], table.num_tokens
@@ -94,6 +95,7 @@ class OffloadManager:
         room = table.num_blocks * self.layout.block_tokens - start
         must_own = room > 0 and not self.blocks.placement(table).is_writable
         if must_own or num_tokens > room:
+            checks.check_new_tokens(keys, values, self.layout, table.batch)
             self._check_capacity(table, num_tokens)
         done = 0
         try:
@@ -414,11 +416,21 @@ class OffloadManager:
                 return
             if run.is_resident:
                 self.counters.resident_reads += (last - run.first) * table.batch
-                is_whole = run.first == 0 and last == table.num_blocks
-                slots = placement.slots if is_whole else placement.slots[:, run.first : last]
-                yield Chunk(run.first, slots)
+                yield Chunk(run.first, placement.slots[:, run.first : last])
             else:
                 yield from self._stream_cold(table, run.first, last, scan)
+
+    def resident_slots(self, table: BlockTable, num_tokens: int) -> torch.Tensor | None:
+        """The slots of a table that is wholly resident, int32 `[batch, columns]`, in place of a
+        `stream` of one chunk; None where there are cold blocks."""
+        self._check_held(table)
+        placement = self.blocks.placement(table)
+        if len(placement.runs) != 1 or not placement.runs[0].is_resident:
+            return None
+        columns = self.layout.num_blocks(num_tokens)
+        self.counters.resident_reads += columns * table.batch
+        slots = placement.slots
+        return slots if slots.size(1) == columns else slots[:, :columns]
 
     def _stream_cold(
         self, table: BlockTable, first: int, last: int, scan: Sequence[BlockTable]

@@ -117,6 +117,15 @@ class Snapshot:
         self.manager.truncate(self.table, self.num_tokens)
         weakref.finalize(self, self.manager.abandon_table, self.table)
 
+    def handles(self) -> "tuple[PagedStates, PagedStates]":
+        """Paged keys and values."""
+        layout = self.table.layout
+        shape = (self.table.batch, layout.kv_heads, self.num_tokens)
+        return (
+            PagedStates(self, "keys", (*shape, layout.key_dim)),
+            PagedStates(self, "values", (*shape, layout.value_dim)),
+        )
+
     def check_reader(self, config: Any) -> None:
         """Raise UnsupportedInputError if another model attended before, and take back the tokens
         that its update has just appended."""
@@ -160,13 +169,11 @@ class PagedStates(torch.Tensor):
     part: str  # "keys" or "values"
 
     @staticmethod
-    def __new__(cls, snapshot: Snapshot, part: str) -> "PagedStates":
-        layout = snapshot.layout
-        dim = layout.key_dim if part == "keys" else layout.value_dim
+    def __new__(cls, snapshot: Snapshot, part: str, shape: tuple[int, ...]) -> "PagedStates":
         handle: PagedStates = torch.Tensor._make_wrapper_subclass(
             cls,
-            (snapshot.table.batch, layout.kv_heads, snapshot.num_tokens, dim),
-            dtype=layout.dtype,
+            shape,
+            dtype=snapshot.table.layout.dtype,
             device=snapshot.manager.device_tier.device,
         )
         handle.snapshot = snapshot

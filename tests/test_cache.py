@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import Footprint, new_tokens, placement
 from test_generate_parity import prompt, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LogitsProcessorList
+from transformers import DynamicCache, LlamaConfig, LogitsProcessorList
 
 import hf_tiered_cache
 from hf_tiered_cache import TieredCache, TieredCacheConfig
@@ -441,25 +441,6 @@ def test_a_closed_cache_refuses_by_name(make_cache):
         cache.layers[0].keys.materialize()
 
 
-def test_it_is_what_transformers_looks_for(make_cache):
-    cache = make_cache(LlamaConfig(num_hidden_layers=2))
-    assert isinstance(cache, DynamicCache)
-    assert len(cache) == 2
-    assert not cache.is_compileable
-    assert cache.is_croppable
-    assert cache.is_sliding == [False, False]
-    assert cache.get_max_length() == -1
-    assert not hasattr(cache, "to")
-    assert cache.get_mask_sizes(5, 0) == (5, 0)
-    update(cache, 3)
-    assert cache.get_mask_sizes(5, 0) == (8, 0)
-    assert cache.get_query_offset(0) == 3
-    rows = list(cache)
-    assert len(rows) == 2
-    assert torch.equal(rows[0][0].materialize(), cache.layers[0].keys.materialize())
-    assert rows[1] == (None, None, None)
-
-
 def test_windowed_layers_keep_transformers_own_classes(make_cache):
     from transformers import Gemma2Config
 
@@ -467,20 +448,6 @@ def test_windowed_layers_keep_transformers_own_classes(make_cache):
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "TieredLayer"] * 2
     assert cache.is_sliding == [True, False, True, False]
-
-
-def test_an_encoder_decoder_cache_takes_it_for_self_attention(make_cache):
-    both = EncoderDecoderCache(make_cache(), DynamicCache())
-    keys, values = new_tokens(2, 5)
-    both.self_attention_cache.update(keys, values, 0)
-    both.cross_attention_cache.update(keys, values, 0)
-    assert both.get_seq_length() == 5
-    both.reorder_cache(torch.tensor([1, 1]))
-    assert torch.equal(both.self_attention_cache.layers[0].keys.materialize(), keys[[1, 1]])
-    both.crop(-2)
-    assert both.get_seq_length() == 3
-    both.batch_repeat_interleave(2)
-    assert both.self_attention_cache.layers[0].keys.shape == (4, 2, 3, 8)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "tiered"])

@@ -63,11 +63,10 @@ def check_append(
     first_token: int,
 ) -> None:
     """Refuse what `append_tokens` cannot write."""
-    _check_new("keys", keys, layout.key_dim, blocks, layout)
-    _check_new("values", values, layout.value_dim, blocks, layout)
-    batch, _, tokens, _ = keys.shape
-    if values.shape[2] != tokens or values.shape[0] != batch:
-        _refuse("values [batch, kv_heads, tokens]", list(values.shape[:3]), list(keys.shape[:3]))
+    batch, tokens = table.size(0), keys.size(2) if keys.dim() == 4 else 0
+    check_new_tokens(keys, values, layout, batch)
+    if not (keys.is_cpu and blocks.is_cpu) and keys.device != blocks.device:
+        _refuse("keys device", keys.device, f"that of the blocks, {blocks.device}")
     _check_blocks(blocks, table, layout, batch)
     if first_token % layout.block_tokens != 0:
         _refuse("first_token", first_token, f"a multiple of block_tokens {layout.block_tokens}")
@@ -80,6 +79,23 @@ def check_append(
             table.size(1),
             f"at least {needed} for {tokens} tokens from position {start_token}",
         )
+
+
+def check_new_tokens(keys: Tensor, values: Tensor, layout: BlockLayout, batch: int) -> None:
+    """Refuse keys and values that blocks of this layout cannot take."""
+    tokens = keys.size(2) if keys.dim() == 4 else "tokens"
+    expected = (batch, layout.kv_heads, tokens)
+    if keys.shape != (*expected, layout.key_dim) or values.shape != (*expected, layout.value_dim):
+        _refuse(
+            "keys and values",
+            f"{list(keys.shape)} and {list(values.shape)}",
+            "[batch, kv_heads, tokens, dim] = "
+            f"{[*expected, layout.key_dim]} and {[*expected, layout.value_dim]}",
+        )
+    if keys.dtype != layout.dtype or values.dtype != layout.dtype:
+        _refuse("keys and values", f"{keys.dtype} and {values.dtype}", layout.dtype)
+    if not (keys.is_cpu and values.is_cpu) and keys.device != values.device:
+        _refuse("values device", values.device, f"that of the keys, {keys.device}")
 
 
 def check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None:
@@ -111,16 +127,6 @@ def check_sinks(sinks: Tensor, like: Tensor) -> None:
     """Refuse sinks that are not one per head."""
     if sinks.shape != (like.shape[1],) or sinks.device != like.device:
         _refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
-
-
-def _check_new(what: str, new: Tensor, dim: int, blocks: Tensor, layout: BlockLayout) -> None:
-    shape = new.shape
-    if len(shape) != 4 or shape[1] != layout.kv_heads or shape[3] != dim:
-        _refuse(what, list(shape), f"[batch, kv_heads {layout.kv_heads}, tokens, dim {dim}]")
-    if new.dtype != layout.dtype or (
-        not (new.is_cpu and blocks.is_cpu) and new.device != blocks.device
-    ):
-        _refuse(what, f"{new.dtype} on {new.device}", f"{layout.dtype} on {blocks.device}")
 
 
 def _check_blocks(blocks: Tensor, table: Tensor, layout: BlockLayout, batch: int) -> None:

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 from hf_tiered_cache import attention
-from hf_tiered_cache.cache_layers import OwnedTables, TieredHybridLayer, TieredLayer
+from hf_tiered_cache.cache_layers import OwnedTables, TieredHybridLayer, TieredLayer, rows_of
 from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
@@ -139,14 +139,19 @@ class TieredCache(DynamicCache):
         self, layer: TieredLayer, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         before = layer.get_seq_length()
-        self._check_order(layer_idx, before)
+        if keys.shape[-2] > 0:
+            self._check_order(layer_idx, before)
         try:
             return layer.update(keys, values)
         except (OutOfBlocksError, TierIOError):
             num_tokens = keys.shape[2]
             tiered = [one for one in self.layers[:layer_idx] if isinstance(one, TieredLayer)]
             for earlier in tiered:
-                if earlier.get_seq_length() == before + num_tokens:
+                if earlier.get_seq_length() != before + num_tokens:
+                    continue
+                if before == 0:
+                    earlier.drop_blocks()
+                else:
                     TieredLayer.crop(earlier, -num_tokens)
             raise
 
@@ -219,7 +224,9 @@ class TieredCache(DynamicCache):
                 "model's cache; make one with TieredCache(config=model.config)"
             )
         while len(self.layers) <= layer_idx:
-            self.layers.append(DummyLayer())
+            placeholder = DummyLayer()
+            placeholder.is_initialized = False  # Mllama would read its keys
+            self.layers.append(placeholder)
 
     def _last_layer(self) -> int:
         """The layer that ends a forward; in a first forward without config as the model tells."""
@@ -285,15 +292,18 @@ class TieredCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times; tiered layers share blocks instead of copying."""
-        batch = max(0, self._batch)
+        batch = self._num_rows()
         self._select_rows([row for row in range(batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices` (anything that indexes a dimension), in that order."""
-        self._select_rows(torch.arange(max(0, self._batch))[indices].tolist())
+        if batch := self._num_rows():
+            self._select_rows(rows_of(indices, batch))
 
     def _select_rows(self, rows: list[int]) -> None:
         with self._alone():
+            if not self._num_rows():
+                return  # as every layer of transformers does
             index = torch.tensor(rows, dtype=torch.long)
             for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, TieredLayer)):
                 if isinstance(layer, TieredLayer):
@@ -301,11 +311,20 @@ class TieredCache(DynamicCache):
                 else:
                     layer.reorder_cache(index)
 
-    @property
-    def _batch(self) -> int:
-        """Sequences held, -1 while there are none."""
-        tables = self._owned.tables
-        return tables[0].batch if tables else -1
+    def _num_rows(self) -> int:
+        """Sequences held by whichever layer holds any; 0 while none does."""
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                if layer.get_seq_length():
+                    return layer.batch_size
+            elif isinstance(layer, LinearAttentionCacheLayerMixin):
+                states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+                for state in states:
+                    if state is not None:
+                        return state.shape[0]
+            elif not isinstance(layer, DummyLayer) and layer.get_seq_length():
+                return layer.keys.shape[0]
+        return 0
 
     def reset(self) -> None:
         """Forget everything; the cache is free for another batch and model."""

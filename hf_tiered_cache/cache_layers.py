@@ -18,10 +18,10 @@ from transformers.cache_utils import (
 
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.kernels import checks
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.paged_states import PagedStates, Reader, Snapshot
-
 
 MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
 
@@ -104,8 +104,11 @@ class TieredLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Sequences in this layer; -1 before the first update."""
-        return -1 if self._table is None else self._table.batch
+        """Sequences in this layer. AttributeError before the first update: asked for its own, a
+        cache skips layers without one."""
+        if self._table is None:
+            raise AttributeError("batch_size is not known before the first update")
+        return self._table.batch
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Choose the blocks' shape and device from the first tensors and open an empty table."""
@@ -130,10 +133,13 @@ class TieredLayer(CacheLayerMixin):
             try:
                 return self.update(key_states, value_states)
             except BaseException:
-                self._drop_table()
+                self.drop_blocks()
                 raise
         manager, table = self._manager, self._table
         assert manager is not None and table is not None
+        if table.num_tokens == 0 and not self._fits(key_states, value_states):
+            self.drop_blocks()  # nothing is held: an empty layer takes any batch
+            return self.update(key_states, value_states)
         needs_grad = (
             key_states.requires_grad or value_states.requires_grad
         ) and torch.is_grad_enabled()
@@ -169,9 +175,10 @@ class TieredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the next update may bring another batch."""
-        self._drop_table()
+        self.drop_blocks()
 
-    def _drop_table(self) -> None:
+    def drop_blocks(self) -> None:
+        """Forget keys and values, and the shape they had."""
         if self._table is not None and self._manager is not None:
             with self._manager.lock:
                 self._detach_snapshots()
@@ -194,7 +201,7 @@ class TieredLayer(CacheLayerMixin):
 
     def select_rows(self, rows: list[int]) -> None:
         """Make sequence `i` what sequence `rows[i]` was, sharing its blocks."""
-        if self._table is None or self._manager is None:
+        if self._table is None or self._manager is None or self._table.num_tokens == 0:
             return
         batch = self._table.batch
         wrong = [row for row in rows if not -batch <= row < batch]
@@ -213,12 +220,16 @@ class TieredLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times; blocks are shared, not copied."""
-        self.select_rows([row for row in range(max(0, self.batch_size)) for _ in range(repeats)])
+        self.select_rows([row for row in range(self._num_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences `indices` (anything that indexes a dimension)."""
-        if self._table is not None:
-            self.select_rows(torch.arange(self._table.batch)[indices].tolist())
+        """Keep the sequences `indices` (anything that indexes a dimension), in that order."""
+        if self._num_rows:
+            self.select_rows(rows_of(indices, self._num_rows))
+
+    @property
+    def _num_rows(self) -> int:
+        return 0 if self._table is None else self._table.batch
 
     def fork(self, owned: OwnedTables) -> "TieredLayer":
         """The same tokens in another cache; full blocks are shared."""
@@ -249,6 +260,14 @@ class TieredLayer(CacheLayerMixin):
                 snapshot.detach()
         self._snapshots.clear()
 
+    def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        assert self._table is not None
+        try:
+            checks.check_new_tokens(key_states, value_states, self._table.layout, self._table.batch)
+        except UnsupportedInputError:
+            return False
+        return key_states.device == self.device
+
     def _misfit(
         self, table: BlockTable, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> UnsupportedInputError:
@@ -256,8 +275,6 @@ class TieredLayer(CacheLayerMixin):
         _check_states(key_states, value_states)
         layout = table.layout
         batch, kv_heads, _, key_dim = key_states.shape
-        if batch != table.batch and table.num_tokens == 0:
-            return UnsupportedInputError(f"a batch of {batch} for an empty layer of {table.batch}")
         expected = (table.batch, layout.kv_heads, layout.key_dim, layout.value_dim)
         got = (batch, kv_heads, key_dim, value_states.shape[3])
         return UnsupportedInputError(
@@ -319,6 +336,21 @@ class TieredHybridLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):
         for name in vars(self).keys() - vars(tiered).keys():
             setattr(hybrid, name, copy.deepcopy(getattr(self, name)))
         return hybrid
+
+
+def rows_of(indices: Any, batch: int) -> list[int]:
+    """The rows of a batch that `indices` select (whatever may stand in the first place of
+    `tensor[indices, ...]`). Raises UnsupportedInputError where that leaves no batch."""
+    try:
+        rows = torch.arange(batch)[indices, ...]
+    except (IndexError, TypeError) as error:
+        raise UnsupportedInputError(f"indices {indices!r} of a batch of {batch}: {error}") from None
+    if rows.dim() != 1 or not len(rows):
+        raise UnsupportedInputError(
+            f"indices {indices!r} of a batch of {batch} leave {list(rows.shape)} sequences: "
+            "expected a batch of at least one"
+        )
+    return rows.tolist()
 
 
 def _check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -95,9 +95,13 @@ class ManagerPool:
                 )
             )
         staging = self._staging_bytes(budget) // layout.num_bytes
-        return OffloadManager(
+        manager = OffloadManager(
             layout, tiers, max(staging, MIN_STAGING_BLOCKS), self._expected_tables
         )
+        others = [other for (_, where), other in self._managers.items() if where == device]
+        for sharer in [*others, manager] if others else []:
+            sharer.share_device()
+        return manager
 
     def _staging_bytes(self, budget: Budget) -> int:
         if self.config.staging_bytes == AUTO:

@@ -69,11 +69,19 @@ class OffloadManager:
         self.lock = threading.RLock()
         self._lower = tiers[DEVICE + 1 :]
         self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
-        self._stream = BlockStream(tiers, self._staging_slots, self.counters)
+        self._stream = BlockStream(tiers, 0, self.counters)  # grows with the first append
         self._expected_tables = expected_tables
         self._storing: list[KVBlock] = []  # in order of their start
         self._abandoned: deque[BlockTable] = deque()
+        self._is_sharing_device = False
         self._is_closed = False
+
+    def share_device(self) -> None:
+        """Another manager draws on the same device budget from now on: what staging may need is
+        taken at once, for a promise would only bind this manager."""
+        with self.lock:
+            self._is_sharing_device = True
+            self._stream.claim()
 
     def new_table(self, layer: int, batch: int) -> BlockTable:
         """An empty table for a layer of `batch` sequences."""
@@ -307,6 +315,8 @@ class OffloadManager:
         except BaseException:
             self._stream.resize(before)
             raise
+        if self._is_sharing_device:
+            self._stream.claim()
 
     @property
     def _num_layers(self) -> int:

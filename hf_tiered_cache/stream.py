@@ -73,6 +73,13 @@ class BlockStream:
                 self.discard(next(reversed(self._staged)))  # the last to be used
             self._device.free(self._free.pop())
 
+    def claim(self) -> None:
+        """Take all staging slots from the device tier now, before somebody else does."""
+        for _ in range(self.num_reserved):
+            slot = self._device.allocate()
+            assert slot is not None, "the caller sees to it that the device tier can give them"
+            self._free.append(slot)
+
     def load(self, blocks: Sequence[KVBlock]) -> list[int]:
         """Wait until all `blocks` (at most `num_slots`, no repeats) are staged; return their slots.
 

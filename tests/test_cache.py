@@ -355,7 +355,7 @@ def test_rows_are_selected_repeated_and_reordered(make_cache):
     assert same(contents(cache), [(keys[[2, 0, 0]], values[[2, 0, 0]])])
     cache.batch_repeat_interleave(2)
     assert torch.equal(contents(cache)[0][0], keys[[2, 2, 0, 0, 0, 0]])
-    cache.batch_select_indices((torch.tensor([5, 0]),))
+    cache.batch_select_indices((5, 0))
     assert torch.equal(contents(cache)[0][0], keys[[0, 2]])
     cache.batch_select_indices(torch.tensor([True, False]))
     assert torch.equal(contents(cache)[0][0], keys[[0]])

@@ -93,6 +93,21 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Chunk by chunk where the blocks can answer, else `dense` on dense tensors."""
+    if torch.compiler.is_compiling():
+        return _attend_uncompiled(
+            dense,
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            softcap=softcap,
+            s_aux=s_aux,
+            position_bias=position_bias,
+            **kwargs,
+        )
     if isinstance(key, PagedStates):
         key.snapshot.check_reader(getattr(module, "config", None))
     if not _can_stream(query, key, value, attention_mask, module, kwargs):
@@ -133,6 +148,10 @@ def _attend(
     if query.requires_grad and torch.is_grad_enabled():
         out = RefuseBackward.apply(out, query)
     return out, None
+
+
+# Where blocks lie is no constant: a compiled model breaks its graph here.
+_attend_uncompiled = torch.compiler.disable(_attend)
 
 
 def _stream_attention(

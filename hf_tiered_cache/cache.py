@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
-    DummyLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
-    get_layer_types_and_kwargs,
 )
 
 from hf_tiered_cache import attention
 from hf_tiered_cache.cache_layers import OwnedTables, TieredHybridLayer, TieredLayer, rows_of
+from hf_tiered_cache.compat import DummyLayer
 from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
@@ -36,8 +36,6 @@ from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
 from hf_tiered_cache.paged_states import Reader
-
-TIERED_LAYER_TYPES = {"full_attention": TieredLayer, "hybrid": TieredHybridLayer}
 
 
 class TieredCache(DynamicCache):
@@ -86,22 +84,22 @@ class TieredCache(DynamicCache):
         if tiers is not None and knobs:
             raise ConfigError(f"give either tiers= or {', '.join(knobs)}, not both")
         tiers = tiers or TieredCacheConfig.from_arguments(**knobs)
-        layer_types: list[str] = []
-        if config is not None:
-            layer_types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        num_tiered = sum(layer_type in TIERED_LAYER_TYPES for layer_type in layer_types)
+        layers = DynamicCache(config=config).layers
+        tiered_types = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        num_tiered = sum(type(layer) in tiered_types for layer in layers)
         pool = ManagerPool(tiers, expected_tables=num_tiered)
         self._own(pool)
         attention.enable()
-        Cache.__init__(self, layers=[])
-        self._num_layers = len(layer_types)
+        Cache.__init__(self, layers=layers)
+        self._num_layers = len(layers)  # as the config told, or 0
         self._records_past = False
-        for layer_idx, layer_type in enumerate(layer_types):
-            if tiered_class := TIERED_LAYER_TYPES.get(layer_type):
-                self.layers.append(tiered_class(self._owned, layer_idx, **kwargs[layer_idx]))
-            else:
-                layer_class = DYNAMIC_LAYER_TYPE_MAPPING[layer_type]
-                self.layers.append(layer_class(**kwargs[layer_idx]))
+        for layer_idx, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[layer_idx] = TieredLayer(self._owned, layer_idx)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                layers[layer_idx] = TieredHybridLayer(
+                    self._owned, layer_idx, layer.number_of_states
+                )
 
     def _own(self, pool: ManagerPool) -> None:
         self._owned = OwnedTables(pool)
@@ -121,6 +119,8 @@ class TieredCache(DynamicCache):
         Each layer once per forward, in order. When a layer has no room for the tokens, those that
         the layers before it took in the same forward are removed again.
         """
+        if torch.compiler.is_compiling():
+            return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
         layer_idx = self._check_layer(layer_idx)
         self._guard.enter(self._last_layer)
         done: int | None = None
@@ -135,10 +135,13 @@ class TieredCache(DynamicCache):
             self._guard.leave(done)
         return states
 
+    # The slots of a moment are no constants: a compiled model breaks its graph here.
+    _update_uncompiled = torch.compiler.disable(update)
+
     def _update_tiered(
         self, layer: TieredLayer, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        before = layer.get_seq_length()
+        before, was_new = layer.get_seq_length(), not layer.is_initialized
         if keys.shape[-2] > 0:
             self._check_order(layer_idx, before)
         try:
@@ -149,7 +152,7 @@ class TieredCache(DynamicCache):
             for earlier in tiered:
                 if earlier.get_seq_length() != before + num_tokens:
                     continue
-                if before == 0:
+                if was_new:
                     earlier.drop_blocks()
                 else:
                     TieredLayer.crop(earlier, -num_tokens)
@@ -187,10 +190,10 @@ class TieredCache(DynamicCache):
             self._add_layers(layer_idx)
         layer = self.layers[layer_idx]
         if not self._num_layers and not isinstance(layer, TieredLayer):
-            if isinstance(layer, LinearAttentionLayer):
-                layer = TieredHybridLayer.around(layer, self._owned, layer_idx)
-            else:
+            if isinstance(layer, DummyLayer):
                 layer = TieredLayer(self._owned, layer_idx)
+            else:
+                layer = TieredHybridLayer.around(layer, self._owned, layer_idx)
             self.layers[layer_idx] = layer
         return layer
 
@@ -201,7 +204,7 @@ class TieredCache(DynamicCache):
         if layer_idx >= len(self.layers):
             self._add_layers(layer_idx)
         layer = self.layers[layer_idx]
-        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, DummyLayer) or not isinstance(layer, LinearAttentionCacheLayerMixin):
             if isinstance(layer, TieredLayer):
                 layer = TieredHybridLayer.around(layer, self._owned, layer_idx)
             else:

@@ -15,6 +15,7 @@ PACKAGE = "hf_tiered_cache"
 ROOT = Path(hf_tiered_cache.__file__).parent
 FLOORS = {
     "errors": 0,
+    "compat": 1,
     "forward_guard": 1,
     "sizes": 1,
     "layout": 1,
@@ -35,7 +36,7 @@ FLOORS = {
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]
-HUGGING_FACE_ROOMS = {"cache", "cache_layers", "attention"}
+HUGGING_FACE_ROOMS = {"cache", "cache_layers", "attention", "compat"}
 BUILT = {"_C"}  # compiled, not a room
 
 

@@ -1,11 +1,18 @@
 """Fixtures that many rooms need."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from hf_tiered_cache import TieredCache
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """A suite that was started in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ OFFLOADS = {
     "weights on disk": lambda model, folder: disk_offload(
         model, str(folder), execution_device="cpu"
     ),
-    "weights on the CPU": lambda model, folder: cpu_offload(model, execution_device="cpu"),
+    "weights on the CPU": lambda model, _: cpu_offload(model, execution_device="cpu"),
     "device_map": dispatched_by_map,
 }
 

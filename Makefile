@@ -36,6 +36,7 @@ bench: $(BUILT)
 		--sample-mib 256
 	$(BIN)/python eval/bench_generate.py
 	$(BIN)/python eval/bench_offload.py
+	$(BIN)/python eval/bench_overhead.py
 
 bench-quick: $(BUILT)
 	$(BIN)/python eval/bench_kernels.py --quick

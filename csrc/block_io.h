@@ -1,5 +1,10 @@
 // Threads that move records between memory and a file, and make the checksums of what they moved.
 // They know no slots and no Python: descriptors, addresses, bytes.
+//
+// Threads and not io_uring: a bare ring (plain and registered buffers) read 1 MiB and 256 KiB
+// records under O_DIRECT at 0.9 to 1.0 times the rate of as many threads with pread, at queue depths
+// 4 and 8 (medians of 5 rounds in turn, Linux 6.18). It saves 0.03 of 0.08 CPU seconds per GB, and
+// the checksums would need a thread all the same.
 #pragma once
 
 #include <sys/types.h>

@@ -5,7 +5,7 @@ proves that they would say something else if cold blocks were lost.
 """
 
 from functools import cache
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import pytest
 import torch
@@ -134,18 +134,22 @@ def test_the_oracle_would_notice_lost_blocks(make_cache, monkeypatch, family):
 
 
 def test_logits_are_as_close_to_float64_as_those_of_sdpa(make_cache):
-    """By family within noise (the rest of the model errs too), and over all of them no worse."""
-    ratios = {}
+    """The rest of the model errs too, so single maxima scatter (0.5 to 2 times sdpa's): the same on
+    average over families and prompts. Attention alone is compared in tests/kernels."""
+    prompts = 12
+    ratios, maxima = {}, []
     for family in ("Llama", "Qwen3", "Phi3", "GPTNeoX", "GPT2"):
         model = tiny_model(family)
-        tokens, dense = run(model, DynamicCache(), prompt(4))
-        _, tiered = run(model, make_cache(model.config, 4 * SMALLEST[1]), prompt(4))
+        tokens, dense = run(model, DynamicCache(), prompt(prompts))
+        _, tiered = run(model, make_cache(model.config, prompts * SMALLEST[1]), prompt(prompts))
         with torch.no_grad():
             exact = double_copy(model)(tokens).logits[:, PROMPT - 1 : -1]
-        errors = [(logits - exact).square().mean().sqrt() for logits in (tiered, dense)]
-        ratios[family] = float(errors[0] / errors[1])
+        mine, theirs = ((logits - exact).abs() for logits in (tiered, dense))
+        ratios[family] = float(mine.square().mean().sqrt() / theirs.square().mean().sqrt())
+        maxima += (mine.amax((1, 2)) / theirs.amax((1, 2))).tolist()
     assert max(ratios.values()) < 1.1, ratios
     assert fmean(ratios.values()) <= 1.0, ratios
+    assert geometric_mean(maxima) <= 1.02, maxima
 
 
 def padded(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

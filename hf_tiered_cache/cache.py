@@ -3,7 +3,6 @@
 The words and signatures of transformers end here, in `cache_layers.py` and in `attention.py`.
 """
 
-import contextlib
 import copy
 import operator
 import weakref
@@ -31,7 +30,7 @@ from hf_tiered_cache.errors import (
     TierIOError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.forward_guard import ForwardGuard
+from hf_tiered_cache.forward_guard import Admitted, ForwardGuard
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
@@ -122,18 +121,11 @@ class TieredCache(DynamicCache):
         if torch.compiler.is_compiling():
             return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
         layer_idx = self._check_layer(layer_idx)
-        self._guard.enter(self._last_layer)
-        done: int | None = None
-        try:
+        with self._in_forward(layer_idx):
             layer = self._layer_with_tokens(layer_idx)
             if not isinstance(layer, TieredLayer):
-                states = layer.update(key_states, value_states, *args, **kwargs)
-            else:
-                states = self._update_tiered(layer, layer_idx, key_states, value_states)
-            done = layer_idx
-        finally:
-            self._guard.leave(done)
-        return states
+                return layer.update(key_states, value_states, *args, **kwargs)
+            return self._update_tiered(layer, layer_idx, key_states, value_states)
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
     _update_uncompiled = torch.compiler.disable(update)
@@ -232,32 +224,41 @@ class TieredCache(DynamicCache):
             self.layers.append(placeholder)
 
     def _last_layer(self) -> int:
-        """The layer that ends a forward; in a first forward without config as the model tells."""
-        return max(len(self.layers), self._owned.reader.num_layers) - 1
+        """The layer that ends a forward; in a first one without config, as the model tells."""
+        last = max(
+            (i for i, it in enumerate(self.layers) if not isinstance(it, DummyLayer)), default=0
+        )
+        if self._num_layers or self._guard.has_seen_all:
+            return last
+        return max(last, self._owned.reader.num_layers - 1)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """The convolution state of a linear layer, None before the first."""
-        self._layer_with_states(layer_idx, state_idx)
-        return super().get_conv_state(layer_idx, state_idx)
+        with self._in_forward(layer_idx):
+            self._layer_with_states(layer_idx, state_idx)
+            return super().get_conv_state(layer_idx, state_idx)
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
         """Store a linear layer's new convolution states; transformers' own layers keep them."""
-        self._layer_with_states(layer_idx, state_idx)
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        with self._in_forward(layer_idx):
+            self._layer_with_states(layer_idx, state_idx)
+            return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """The recurrent state of a linear layer, None before the first."""
-        self._layer_with_states(layer_idx, state_idx)
-        return super().get_recurrent_state(layer_idx, state_idx)
+        with self._in_forward(layer_idx):
+            self._layer_with_states(layer_idx, state_idx)
+            return super().get_recurrent_state(layer_idx, state_idx)
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
         """Store a linear layer's new recurrent state; transformers' own layers keep it."""
-        self._layer_with_states(layer_idx, state_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        with self._in_forward(layer_idx):
+            self._layer_with_states(layer_idx, state_idx)
+            return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def activate_past_recording(self) -> None:
         """Let linear and windowed layers keep what `crop` may have to bring back."""
@@ -335,14 +336,13 @@ class TieredCache(DynamicCache):
         with self._alone():
             super().reset()
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _in_forward(self, layer_idx: int) -> Admitted:
+        """While a forward is at this layer. Raises CacheInUseError."""
+        return self._guard.admit(self._last_layer, layer_idx)
+
+    def _alone(self) -> Admitted:
         """While all layers change at once. Raises CacheInUseError."""
-        self._guard.enter(self._last_layer)
-        try:
-            yield
-        finally:
-            self._guard.leave(None)
+        return self._guard.admit(self._last_layer, None)
 
     @property
     def is_compileable(self) -> bool:

@@ -5,6 +5,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import families
 import pytest
 import torch
 from test_generate_parity import LAYERS, SMALLEST, check_integrity, run, tiny_model
@@ -184,3 +185,38 @@ def test_many_caches_come_and_go_in_threads(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(life, range(12))) == [30] * 12
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("name", ["Jamba", "LFM2"])
+def test_turns_of_a_chat_may_come_from_any_thread_also_with_linear_layers(
+    make_cache, other_thread, name, has_config
+):
+    """The last layers hold no tokens: where a forward ends is known all the same."""
+    model = families.tiny_model(name)
+    config = model.config if has_config else None
+    cache = make_cache(config, 64)
+    first, second = (torch.randint(2, 97, (1, length)) for length in (12, 9))
+
+    def turn(past, ids: torch.Tensor) -> torch.Tensor:
+        how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+        return model.generate(ids, past_key_values=past, **how)
+
+    def chat(past, run_first, run_second) -> torch.Tensor:
+        history = run_first(lambda: turn(past, first))
+        return run_second(lambda: turn(past, torch.cat([history, second], 1)))
+
+    expected = chat(DynamicCache(config=model.config), in_another_thread, in_another_thread)
+    assert torch.equal(chat(cache, other_thread, lambda call: call()), expected)
+
+
+def test_the_linear_states_of_a_forward_under_way_are_guarded_too(make_cache, other_thread):
+    cache = make_cache(families.tiny_model("LFM2").config, 64)  # linear layers come first
+    cache.update_conv_state(torch.randn(1, 32, 3), 0)
+    for attempt in (
+        lambda: cache.update_conv_state(torch.randn(1, 32, 3), 0),
+        lambda: cache.get_conv_state(0),
+    ):
+        with pytest.raises(CacheInUseError):
+            other_thread(attempt)
+    assert cache.get_conv_state(0) is not None

@@ -6,7 +6,6 @@ The calls are enumerated from a run without faults, not sampled.
 import errno
 import os
 import threading
-import time
 
 import pytest
 import torch
@@ -234,8 +233,10 @@ def test_a_failed_write_never_leaves_the_old_bytes_readable(tmp_path):
 def test_completions_in_another_order_than_submissions(tmp_path):
     """The first of four writes and of four reads are the slowest; data and order still hold."""
 
+    go_on = threading.Event()
+
     def very_slow(call, buffers):
-        time.sleep(0.15)
+        go_on.wait(timeout=60)
         return call(buffers)
 
     tier = open_tier(tmp_path, {("write", 0): very_slow, ("read", 0): very_slow}, num_threads=4)
@@ -249,6 +250,7 @@ def test_completions_in_another_order_than_submissions(tmp_path):
     reads[2].wait()
     reads[3].wait()
     assert not reads[1].is_ready()  # it waits for the write of slot 0
+    go_on.set()
     reads[1].wait()
     writes[0].wait()
     reads[0].wait()

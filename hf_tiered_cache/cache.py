@@ -267,7 +267,14 @@ class TieredCache(DynamicCache):
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether a layer keeps what `crop` may have to bring back."""
-        return layer_idx < len(self.layers) and super().is_recording_past(layer_idx)
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return getattr(layer, "record_past", False)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held by a layer; by default by the first one that holds any."""
+        if 0 < layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], DummyLayer):
+            return 0  # it may still come to hold some: transformers would refuse
+        return super().get_seq_length(layer_idx)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Nothing: loads run ahead of attention by themselves."""

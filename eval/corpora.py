@@ -6,7 +6,9 @@ training and held-out files by a hash of their path. Recall documents are synthe
 answer is in no model's weights, only in the context. Knows no model, no tensor and no cache.
 """
 
+import functools
 import hashlib
+import os
 import random
 import string
 import sysconfig
@@ -39,13 +41,12 @@ class RecallDocument:
 
 def stdlib_files() -> list[Path]:
     """List the standard library's sources, sorted by relative path; tests included, data not."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"), key=relative_path)
-    return [path for path in paths if _is_source(path)]
+    return [path for path in _python_files() if _is_source(path)]
 
 
 def relative_path(path: Path) -> str:
     """Return the path below the standard library's folder, with forward slashes."""
-    return path.relative_to(sysconfig.get_path("stdlib")).as_posix()
+    return path.relative_to(_stdlib()).as_posix()
 
 
 def train_files() -> list[Path]:
@@ -55,8 +56,8 @@ def train_files() -> list[Path]:
 
 def held_out_files(min_bytes: int = 16 * 1024) -> list[Path]:
     """List the files that training never reads and that are longer than `min_bytes`."""
-    held_out = [path for path in stdlib_files() if _is_held_out(path)]
-    return [path for path in held_out if path.stat().st_size > min_bytes]
+    held_out = [path for path in _python_files() if _is_held_out(path)]
+    return [path for path in held_out if path.stat().st_size > min_bytes and _is_source(path)]
 
 
 def fact_line(key: str, value: str) -> str:
@@ -115,14 +116,27 @@ def read_files(paths: list[Path]) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
+@functools.cache
+def _stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _python_files() -> list[Path]:
+    """Every .py file but those in SKIPPED_FOLDERS, which are not even listed (site-packages may be
+    far larger than all the rest), sorted by relative path."""
+    found = []
+    for folder, subfolders, names in os.walk(_stdlib()):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found, key=relative_path)
+
+
 def _is_held_out(path: Path) -> bool:
     digest = hashlib.sha256(relative_path(path).encode()).hexdigest()
     return int(digest, 16) % HELD_OUT_MODULUS == 0
 
 
 def _is_source(path: Path) -> bool:
-    if SKIPPED_FOLDERS.intersection(relative_path(path).split("/")):
-        return False
     # A few of the standard library's own tests are deliberately in other encodings.
     try:
         path.read_text(encoding="utf-8")

@@ -1,0 +1,335 @@
+"""A window of text through a cache: what every token was given, and how far another cache's logits
+are from that.
+
+A window's first tokens are prefilled by chunks, its last ones go one by one, and a greedy
+continuation follows, so that the prefill and the decode kernel both are what is measured. The
+first pass (`DynamicCache`) keeps its logits, the passes after it are compared with them row by row.
+Every pass has the machine to itself: its times are those of a user.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from hf_tiered_cache import TieredCache
+from hf_tiered_cache.metrics import CacheStats
+
+from documents import Document
+
+ROWS_AT_ONCE = 128  # of the logits, in float64
+ROUNDINGS_OF_A_FLIP = 2
+# What a TieredCache takes of its device budget for blocks passing through, unless it is told.
+STAGING_SHARE, STAGING_BYTES, MIN_STAGING_BLOCKS = 1 / 4, 16 << 20, 2
+
+
+def _uncounted(num_tokens: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that are measured together. ids: [1, context]."""
+
+    document: str
+    # of the first token in its document
+    start: int
+    ids: torch.Tensor
+    # tokens before it were scored by the window before
+    first_scored: int
+    # of the text of the scored tokens
+    num_bytes: int
+
+    @property
+    def context(self) -> int:
+        return self.ids.shape[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a window goes through a cache; counts of tokens."""
+
+    chunk: int  # in one prefill forward
+    decode_tokens: int  # the window's last, one by one
+    new_tokens: int  # of the greedy continuation
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A place where two passes find another token the likeliest."""
+
+    position: int
+    # in the first pass, between its own choice and the other pass's
+    margin: float
+    # of the dtype, of the largest logit there: finfo.eps times it
+    rounding: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether rounded logits alone explain it: a flip stands between two logits, and each may
+        come out one rounding apart in two passes (half of one off in either)."""
+        return self.margin <= ROUNDINGS_OF_A_FLIP * self.rounding
+
+
+@dataclass
+class Pass:
+    """What one window gave with one cache."""
+
+    cache: str
+    share: float | None  # asked to be off the device
+    document: str = ""
+    context: int = 0
+    start: int = 0
+    first_scored: int = 1
+    num_bytes: int = 0
+    # natural log, float64, of each scored token
+    log_likelihoods: np.ndarray = field(default_factory=lambda: np.empty(0))
+    # the likeliest token behind each of the window's tokens but the last
+    guesses: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    continuation: list[int] = field(default_factory=list)
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    # of the bits of all logits up to the continuation
+    digest: str = ""
+    max_delta_logit: float = 0.0
+    compared_rows: int = 0
+    flips: list[Flip] = field(default_factory=list)
+    off_device: float = 0.0  # share of the blocks with no copy on the device, at the end
+    block_tokens: int = 0
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        return self.context, self.document, self.start
+
+
+def make_windows(
+    document: Document, tokenizer: Any, context: int, stride: int | None, limit: int
+) -> Iterator[Window]:
+    """Yield windows of `context` tokens, every token scored once.
+
+    Without a stride, one window from the document's first token on: with a cache every token is
+    scored with everything before it. With one, windows begin every `stride` tokens and score what
+    the window before did not reach, its last `stride` tokens, as in the guide of transformers
+    (https://huggingface.co/docs/transformers/perplexity).
+    """
+    last = len(document.ids) - context
+    starts = range(0, last + 1, stride) if stride else range(1)
+    for start in starts[:limit]:
+        ids = document.ids[start : start + context]
+        first_scored = context - stride if stride and start else 1
+        num_bytes = len(tokenizer.decode(ids[first_scored:]).encode())
+        yield Window(document.name, start, ids[None], first_scored, num_bytes)
+
+
+class Reference:
+    """Logits `[rows, vocabulary]` of a pass in a file that has no name: they may not fit in RAM."""
+
+    def __init__(self, num_rows: int, folder: str | None = None) -> None:
+        self._num_rows, self._folder = num_rows, folder
+        self._logits: torch.Tensor | None = None
+
+    def keep(self, first: int, logits: torch.Tensor) -> None:
+        if self._logits is None:
+            size = self._num_rows * logits.shape[1]
+            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+                self._logits = torch.from_file(
+                    file.name, shared=True, size=size, dtype=logits.dtype
+                ).view(self._num_rows, -1)
+        self._logits[first : first + len(logits)] = logits
+
+    def compare(self, first: int, logits: torch.Tensor, found: Pass) -> None:
+        """Add to `found` how far the rows from `first` on are from those that were kept."""
+        assert self._logits is not None
+        kept = self._logits[first : first + len(logits)].double()
+        ours = logits.double()
+        delta = (ours - kept).abs().max().item()
+        # NaN would lose against any number.
+        found.max_delta_logit = (
+            max(found.max_delta_logit, delta) if math.isfinite(delta) else math.inf
+        )
+        found.compared_rows += len(logits)
+        chosen = ours.argmax(-1)
+        top, expected = kept.max(-1)
+        eps = torch.finfo(logits.dtype).eps
+        for row in (chosen != expected).nonzero()[:, 0].tolist():
+            margin = (top[row] - kept[row, chosen[row]]).item()
+            found.flips.append(Flip(first + row, margin, eps * top[row].abs().item()))
+
+
+@torch.no_grad()
+def run_window(
+    model: PreTrainedModel,
+    cache: Cache,
+    window: Window,
+    plan: Plan,
+    reference: Reference,
+    found: Pass,
+    on_tokens: Callable[[int], None] = _uncounted,
+) -> Pass:
+    """Put a window and its continuation through a cache; fill in and return `found`.
+
+    The first pass of a window is kept in `reference`, and later ones are compared with it up to
+    the first token at which the continuations part.
+    """
+    found.document, found.context, found.start = window.document, window.context, window.start
+    found.first_scored, found.num_bytes = window.first_scored, window.num_bytes
+    is_first = reference._logits is None
+    ids, context = window.ids.to(model.device), window.context
+    prefilled = context - plan.decode_tokens
+    digest = xxhash.xxh3_128()
+    likelihoods, guesses = [], []
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        start = perf_counter()
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[0]
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds = perf_counter() - start
+        if tokens.shape[1] > 1:
+            found.prefill_tokens += tokens.shape[1]
+            found.prefill_seconds += seconds
+        else:
+            found.decode_tokens += 1
+            found.decode_seconds += seconds
+        on_tokens(tokens.shape[1])
+        return logits.cpu()
+
+    def note(first: int, logits: torch.Tensor) -> None:
+        if is_first:
+            reference.keep(first, logits)
+        else:
+            reference.compare(first, logits, found)
+
+    chunks = [
+        (first, min(first + plan.chunk, prefilled)) for first in range(0, prefilled, plan.chunk)
+    ]
+    for first, last in [*chunks, *((i, i + 1) for i in range(prefilled, context))]:
+        logits = forward(ids[:, first:last])
+        digest.update(logits.contiguous().view(torch.uint8).numpy())
+        for row in range(0, last - first, ROWS_AT_ONCE):
+            rows = logits[row : row + ROWS_AT_ONCE]
+            note(first + row, rows)
+            targets = window.ids[0, first + row + 1 : first + row + 1 + len(rows)]
+            log_probabilities = rows[: len(targets)].double().log_softmax(-1)
+            likelihoods.append(log_probabilities.gather(1, targets[:, None])[:, 0])
+            guesses.append(rows[: len(targets)].argmax(-1))
+    for step in range(plan.new_tokens):
+        token = logits[-1:].argmax(-1)
+        found.continuation.append(token.item())
+        if step + 1 == plan.new_tokens:
+            break
+        logits = forward(token[None].to(model.device))
+        if not any(flip.position >= context - 1 for flip in found.flips):
+            note(context + step, logits)
+    found.digest = digest.hexdigest()
+    # Row r is about token r + 1.
+    found.log_likelihoods = torch.cat(likelihoods)[window.first_scored - 1 :].numpy()
+    found.guesses = torch.cat(guesses).numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """How a model's keys and values lie in blocks."""
+
+    block_tokens: int
+    block_bytes: int
+    num_layers: int
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return self.num_layers * math.ceil(num_tokens / self.block_tokens)
+
+    def budgets(self, num_tokens: int, share: float) -> dict[str, Any]:
+        """Arguments for a TieredCache that keeps all but `share` of the blocks on the device.
+
+        At least a block per layer, the one being filled, stays there. Everything resident goes
+        without a disk.
+        """
+        blocks = self.num_blocks(num_tokens)
+        resident = max(blocks - round(share * blocks), self.num_layers) * self.block_bytes
+        staging = min(STAGING_BYTES, resident * STAGING_SHARE / (1 - STAGING_SHARE))
+        staging = max(math.ceil(staging), MIN_STAGING_BLOCKS * self.block_bytes)
+        return {
+            "block_tokens": self.block_tokens,
+            "device_bytes": resident + staging,
+            "disk_bytes": 2 * blocks * self.block_bytes + (64 << 20) if share else 0,
+        }
+
+
+@torch.no_grad()
+def block_shape(
+    model: PreTrainedModel, block_tokens: int | None, disk_dir: str | None
+) -> BlockShape:
+    """Ask a cache that holds a few tokens."""
+    with TieredCache(config=model.config, block_tokens=block_tokens, disk_dir=disk_dir) as cache:
+        for tokens in (4, 1):  # also the first, slow forward of either kind
+            model(
+                torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache
+            )
+        stats = cache.stats()
+    return BlockShape(stats.block_tokens, stats.block_bytes, stats.num_layers)
+
+
+def score_window(
+    model: PreTrainedModel,
+    window: Window,
+    plan: Plan,
+    shape: BlockShape,
+    shares: list[float],
+    attention: str | None = None,
+    disk_dir: str | None = None,
+    on_tokens: Callable[[int], None] = _uncounted,
+) -> list[Pass]:
+    """The passes of one window: `DynamicCache`, then a `TieredCache` per share.
+
+    attention: transformers' name of the attention that the tiered passes use; None for the
+    model's own.
+    """
+    num_tokens = window.context + plan.new_tokens
+    reference = Reference(num_tokens, disk_dir)
+    own = model.config._attn_implementation
+    dynamic = DynamicCache(config=model.config)
+    first = run_window(
+        model, dynamic, window, plan, reference, Pass("DynamicCache", None), on_tokens
+    )
+    first.peak_bytes = {"memory": dense_bytes(dynamic)}
+    del dynamic
+    passes = [first]
+    try:
+        if attention:
+            model.set_attn_implementation(attention)
+        for share in shares:
+            found = Pass("TieredCache", share)
+            budgets = shape.budgets(num_tokens, share)
+            with TieredCache(config=model.config, disk_dir=disk_dir, **budgets) as cache:
+                run_window(model, cache, window, plan, reference, found, on_tokens)
+                read_stats(found, cache.stats())
+            passes.append(found)
+    finally:
+        if attention:
+            model.set_attn_implementation(own)
+    return passes
+
+
+def dense_bytes(cache: DynamicCache) -> int:
+    """Bytes of the keys and values that a `DynamicCache` holds."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
+
+
+def read_stats(found: Pass, stats: CacheStats) -> None:
+    """Fill in what the cache says of itself."""
+    blocks = stats.num_layers * math.ceil(stats.num_tokens / stats.block_tokens) * stats.batch
+    found.off_device = stats.cold_blocks / blocks
+    found.block_tokens = stats.block_tokens
+    found.peak_bytes = {tier.name: tier.peak_bytes for tier in stats.tiers}

@@ -11,7 +11,7 @@ count; only a filling block is ever copied, and only when a sharer writes.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,22 +22,25 @@ from hf_tiered_cache.tiers.base import DONE, Transfer
 
 DEVICE = 0  # rung of the device tier; larger rungs lie lower
 
+_Queue = OrderedDict["KVBlock", None]
+
 
 class KVBlock:
     """One block: who shares it and its slot in each tier (None where it has no copy).
 
     A block with a device slot is resident, one without is cold. A copy in a lower tier is
-    immutable; `store` is its transfer, which must be done before the copy may be relied on.
+    immutable; `stores` holds, by rung, the transfer that brings it there, which must be done before
+    the copy may be relied on. The highest copy of a block is always there.
     """
 
-    __slots__ = ("layer", "index", "ref_count", "slots", "store", "__weakref__")
+    __slots__ = ("layer", "index", "ref_count", "slots", "stores", "__weakref__")
 
     def __init__(self, layer: int, index: int, num_tiers: int) -> None:
         self.layer = layer
         self.index = index  # position in its sequence: first token // block_tokens
         self.ref_count = 1
         self.slots: list[int | None] = [None] * num_tiers
-        self.store: Transfer = DONE
+        self.stores: list[Transfer] = [DONE] * num_tiers
 
     @property
     def is_resident(self) -> bool:
@@ -46,7 +49,14 @@ class KVBlock:
     @property
     def is_stored(self) -> bool:
         """A lower tier holds a copy or is receiving one: the device copy can be dropped."""
-        return any(slot is not None for slot in self.slots[DEVICE + 1 :])
+        return self.copy_below(DEVICE) is not None
+
+    def copy_below(self, rung: int) -> int | None:
+        """The highest rung below `rung` that holds a copy or is receiving one."""
+        for lower in range(rung + 1, len(self.slots)):
+            if self.slots[lower] is not None:
+                return lower
+        return None
 
     def __repr__(self) -> str:
         return f"KVBlock(layer={self.layer}, index={self.index}, slots={self.slots})"
@@ -108,24 +118,26 @@ class KVBlockManager:
     handed back.
 
     `num_tiers` counts the device. Every change of a block's address goes through `move`; it, and
-    every change of who shares a block, makes the placements of its layer stale. Resident full
-    blocks are queued for demotion, oldest first, as *dirty* (no copy below) or *clean* (a copy
-    below exists or is under way).
+    every change of who shares a block, makes the placements of its layer stale. On every rung but
+    the last, full blocks that have a copy there are queued for demotion, oldest first, as *dirty*
+    (no copy below) or *clean* (a copy below exists or is under way).
     """
 
     def __init__(self, num_tiers: int) -> None:
         self.num_tiers = num_tiers
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._versions: dict[int, int] = {}
-        self._dirty: dict[int, OrderedDict[KVBlock, None]] = {}
-        self._clean: dict[int, OrderedDict[KVBlock, None]] = {}
+        num_queues = max(1, num_tiers - 1)
+        # By rung and layer.
+        self._dirty: list[dict[int, _Queue]] = [{} for _ in range(num_queues)]
+        self._clean: list[dict[int, _Queue]] = [{} for _ in range(num_queues)]
 
     def new_table(self, layer: int, layout: BlockLayout, batch: int) -> BlockTable:
         """An empty table of `batch` rows."""
         table = BlockTable(layer, layout, [[] for _ in range(batch)])
         self._tables.add(table)
-        self._dirty.setdefault(layer, OrderedDict())
-        self._clean.setdefault(layer, OrderedDict())
+        for queues in (*self._dirty, *self._clean):
+            queues.setdefault(layer, OrderedDict())
         return table
 
     def append_block(self, table: BlockTable, row: int, slot: int) -> KVBlock:
@@ -146,7 +158,7 @@ class KVBlockManager:
         if first_full == last_full:
             return []
         full = list(table.blocks(first_full, last_full))
-        self._dirty[table.layer].update(dict.fromkeys(full))
+        self._dirty[DEVICE][table.layer].update(dict.fromkeys(full))
         return full
 
     def move(self, block: KVBlock, tier: int, slot: int | None) -> int | None:
@@ -154,25 +166,23 @@ class KVBlockManager:
         old, block.slots[tier] = block.slots[tier], slot
         if tier == DEVICE:
             self._touch(block.layer)
-            if slot is None:
-                self._unqueue(block)
-        elif block in self._dirty[block.layer] and block.is_stored:
-            self._unqueue(block)
-            self._clean[block.layer][block] = None
-        elif block in self._clean[block.layer] and not block.is_stored:
-            self._unqueue(block)
-            dirty = self._dirty[block.layer]
-            dirty[block] = None
-            dirty.move_to_end(block, last=False)  # stores begin with the oldest: it still is
+        if slot is None:
+            self._unqueue(block, tier)
+        elif DEVICE < tier < len(self._dirty):
+            self._queue(block, tier)
+        for rung in range(tier):
+            self._requeue(block, rung)
         return old
 
     def is_demotable(self, block: KVBlock) -> bool:
-        """The block waits in a queue of demotion: it is full and resident."""
-        return block in self._dirty[block.layer] or block in self._clean[block.layer]
+        """The block waits in the device's queue of demotion: it is full and resident."""
+        return (
+            block in self._dirty[DEVICE][block.layer] or block in self._clean[DEVICE][block.layer]
+        )
 
     def start_filling(self, block: KVBlock) -> None:
-        """Take a block out of the queues of demotion: tokens will be written into it."""
-        self._unqueue(block)
+        """Take a block out of the device's queue of demotion: tokens will be written into it."""
+        self._unqueue(block, DEVICE)
         self._touch(block.layer)
 
     def replace_last(self, table: BlockTable, row: int, slot: int) -> tuple[KVBlock, KVBlock]:
@@ -245,37 +255,39 @@ class KVBlockManager:
             table.placement = self._place(table, version)
         return table.placement
 
-    def next_to_demote(self, may_store: bool) -> KVBlock | None:
-        """The oldest resident full block of the layer that has most of them; one with a copy below
-        unless `may_store`.
+    def next_to_demote(self, may_store: bool, rung: int = DEVICE) -> KVBlock | None:
+        """The full block to leave a rung next: the oldest of its layer, or of those with a copy
+        below, if there are such; only those unless `may_store`."""
+        dirty, clean = self._dirty[rung], self._clean[rung]
+        heads = [
+            _oldest(clean[layer]) or _oldest(dirty[layer])
+            for layer in dirty
+            if clean[layer] or (may_store and dirty[layer])
+        ]
+        return _next(heads, rung, lambda layer: len(dirty[layer]) + len(clean[layer]))
 
-        Taking from the fullest layer keeps the share of every layer the same, which spreads the
-        loads evenly over a forward.
-        """
-        layers = [layer for layer in self._dirty if may_store or self._clean[layer]]
-        layer = max(layers, key=self.num_demotable, default=None)
-        if layer is None:
-            return None
-        return _oldest(self._clean[layer]) or _oldest(self._dirty[layer])
+    def next_to_store(self, rung: int = DEVICE) -> KVBlock | None:
+        """The dirty block to be stored below a rung next, the oldest of its layer."""
+        dirty = self._dirty[rung]
+        return _next(map(_oldest, dirty.values()), rung, lambda layer: len(dirty[layer]))
 
-    def next_to_store(self) -> KVBlock | None:
-        """The oldest dirty block of the layer that has most of them."""
-        layer = max(self._dirty, key=lambda layer: len(self._dirty[layer]), default=None)
-        return None if layer is None else _oldest(self._dirty[layer])
+    def num_demotable(self, rung: int = DEVICE) -> int:
+        """Full blocks on a rung (not the last)."""
+        return self.num_clean_on(rung) + sum(map(len, self._dirty[rung].values()))
 
-    def num_demotable(self, layer: int) -> int:
-        """Resident full blocks of a layer."""
-        return len(self._dirty[layer]) + len(self._clean[layer])
+    def num_clean_on(self, rung: int) -> int:
+        """Full blocks on a rung (not the last) whose copy there can be dropped without a store."""
+        return sum(map(len, self._clean[rung].values()))
 
     @property
     def num_clean(self) -> int:
-        """Resident full blocks whose device copy can be dropped without a store."""
-        return sum(map(len, self._clean.values()))
+        """Copies, on all rungs, that can be dropped without a store."""
+        return sum(map(self.num_clean_on, range(len(self._clean))))
 
     @property
     def num_dirty(self) -> int:
-        """Resident full blocks that have no copy below."""
-        return sum(map(len, self._dirty.values()))
+        """Copies, on all rungs but the last, of full blocks that have none below."""
+        return sum(len(queue) for queues in self._dirty for queue in queues.values())
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -321,30 +333,58 @@ class KVBlockManager:
         for block, count in holders.items():
             if block.ref_count != count:
                 raise BlockStateError(f"{block} has ref_count {block.ref_count}, {count} holders")
-        for layer, queue in [*self._dirty.items(), *self._clean.items()]:
-            for block in queue:
-                if block not in holders or not block.is_resident or block.layer != layer:
-                    raise BlockStateError(f"{block} waits for demotion but is not there")
-                if (block in self._clean[layer]) != block.is_stored:
-                    raise BlockStateError(f"{block} is in the wrong queue of demotion")
+        self._check_queues(holders)
         for tier in range(self.num_tiers):
             slots = [slot for block in holders if (slot := block.slots[tier]) is not None]
             if len(slots) != len(set(slots)):
                 raise BlockStateError(f"two blocks share a slot of tier {tier}: {sorted(slots)}")
 
+    def _check_queues(self, held: Iterable[KVBlock]) -> None:
+        blocks = set(held)
+        for rung, (dirty, clean) in enumerate(zip(self._dirty, self._clean, strict=True)):
+            for layer, queue in [*dirty.items(), *clean.items()]:
+                for block in queue:
+                    if block not in blocks or block.slots[rung] is None or block.layer != layer:
+                        raise BlockStateError(f"{block} waits for demotion but is not there")
+                    if (block in clean[layer]) == (block.copy_below(rung) is None):
+                        raise BlockStateError(f"{block} is in the wrong queue of demotion")
+            on_rung = sum(block.slots[rung] is not None for block in blocks)
+            if rung != DEVICE and self.num_demotable(rung) != on_rung:
+                raise BlockStateError(
+                    f"{on_rung} blocks on rung {rung}, {self.num_demotable(rung)} wait for demotion"
+                )
+
     def _touch(self, layer: int) -> None:
         self._versions[layer] = self._versions.get(layer, 0) + 1
 
-    def _unqueue(self, block: KVBlock) -> None:
-        self._dirty[block.layer].pop(block, None)
-        self._clean[block.layer].pop(block, None)
+    def _queue(self, block: KVBlock, rung: int) -> None:
+        """Queue a block that came to a rung."""
+        queues = self._dirty if block.copy_below(rung) is None else self._clean
+        queues[rung][block.layer][block] = None
+
+    def _requeue(self, block: KVBlock, rung: int) -> None:
+        """See to it that a block, if it is queued on a rung, is in the right queue there."""
+        dirty, clean = self._dirty[rung][block.layer], self._clean[rung][block.layer]
+        if block in dirty and block.copy_below(rung) is not None:
+            del dirty[block]
+            clean[block] = None
+        elif block in clean and block.copy_below(rung) is None:
+            del clean[block]
+            dirty[block] = None
+            dirty.move_to_end(block, last=False)  # stores begin with the oldest: it still is
+
+    def _unqueue(self, block: KVBlock, rung: int) -> None:
+        if rung < len(self._dirty):
+            self._dirty[rung][block.layer].pop(block, None)
+            self._clean[rung][block.layer].pop(block, None)
 
     def _release(self, blocks: Iterable[KVBlock]) -> list[KVBlock]:
         dropped = []
         for block in blocks:
             block.ref_count -= 1
             if block.ref_count == 0:
-                self._unqueue(block)
+                for rung in range(self.num_tiers):
+                    self._unqueue(block, rung)
                 dropped.append(block)
         return dropped
 
@@ -374,5 +414,20 @@ def _device_slots(table: BlockTable) -> list[list[int]]:
     ]
 
 
-def _oldest(queue: OrderedDict[KVBlock, None]) -> KVBlock | None:
+def _oldest(queue: _Queue) -> KVBlock | None:
     return next(iter(queue), None)
+
+
+def _next(
+    heads: Iterable[KVBlock | None], rung: int, num_blocks: Callable[[int], int]
+) -> KVBlock | None:
+    """Whose turn it is of the oldest blocks of the layers: so that every layer keeps the same share
+    of every rung, which spreads the loads evenly over a forward.
+
+    On the device the fullest layer gives. Below, where blocks lie that are still on the device as
+    well, numbers say nothing: the oldest block goes.
+    """
+    blocks = [block for block in heads if block is not None]
+    if rung == DEVICE:
+        return max(blocks, key=lambda block: num_blocks(block.layer), default=None)
+    return min(blocks, key=lambda block: block.index, default=None)

@@ -25,6 +25,7 @@ DISK_IO_MODES = ("auto", "direct", "buffered")
 # Shares of what is free that "auto" takes: the model's activations and other programs need the
 # rest of the memory, and a full disk hurts everybody on the machine.
 AUTO_DEVICE_SHARE = 0.5
+AUTO_HOST_SHARE = 0.5
 AUTO_DISK_SHARE = 0.8
 
 
@@ -37,6 +38,10 @@ class TieredCacheConfig:
 
     # Bytes on each compute device (RAM on a machine without a GPU): blocks and staging together.
     device_bytes: int | str = AUTO
+    # Bytes of host memory between device and disk; 0: none. "auto" means none where the device is
+    # the CPU: one memory needs no second tier. A size makes one there too, which pays where
+    # device_bytes are in faster memory (another NUMA node, CXL), and for tests.
+    host_bytes: int | str = AUTO
     # Bytes of the disk tier; 0 switches it off.
     disk_bytes: int | str = AUTO
     # Folder of the disk tier; default: $HF_TIERED_CACHE_DIR, else <HF_HOME>/tiered_cache.
@@ -49,7 +54,7 @@ class TieredCacheConfig:
     staging_bytes: int | str = AUTO
 
     def __post_init__(self) -> None:
-        for name in ("device_bytes", "disk_bytes", "staging_bytes"):
+        for name in ("device_bytes", "host_bytes", "disk_bytes", "staging_bytes"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
         if self.disk_io not in DISK_IO_MODES:
             raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
@@ -76,21 +81,36 @@ class TieredCacheConfig:
 
 @dataclass(frozen=True)
 class Budgets:
-    """The config's sizes with every "auto" replaced by bytes."""
+    """The config's sizes with every "auto" replaced by bytes.
+
+    `host_bytes` chosen from what is free are for devices other than the CPU.
+    """
 
     device_bytes: int
+    host_bytes: int
     disk_bytes: int
     disk_dir: Path
     device_is_auto: bool
+    host_is_auto: bool
     disk_is_auto: bool
 
     @classmethod
     def resolve(cls, config: TieredCacheConfig) -> "Budgets":
-        """Measure what is free now; raises `ConfigError` if the folder cannot hold that much."""
+        """Measure what is free now; raises `ConfigError` if the folder, or the host's memory,
+        cannot hold that much."""
         directory = disk_directory(config.disk_dir)
-        device, disk = config.device_bytes, config.disk_bytes
+        device, host, disk = config.device_bytes, config.host_bytes, config.disk_bytes
+        free_memory = free_memory_bytes()
         if device == AUTO:
-            device = int(free_memory_bytes() * AUTO_DEVICE_SHARE)
+            device = int(free_memory * AUTO_DEVICE_SHARE)
+        if host == AUTO:
+            host = int(free_memory * AUTO_HOST_SHARE)
+        elif int(host) > free_memory:
+            raise ConfigError(
+                f"host_bytes={host} ({format_bytes(int(host))}) is more than the "
+                f"{format_bytes(free_memory)} of memory free: lower host_bytes; what does not fit "
+                "goes to disk"
+            )
         if disk != 0:
             free = free_disk_bytes(directory)
             if disk == AUTO:
@@ -103,9 +123,11 @@ class Budgets:
                 )
         return cls(
             device_bytes=int(device),
+            host_bytes=int(host),
             disk_bytes=int(disk),
             disk_dir=directory,
             device_is_auto=config.device_bytes == AUTO,
+            host_is_auto=config.host_bytes == AUTO,
             disk_is_auto=config.disk_bytes == AUTO,
         )
 

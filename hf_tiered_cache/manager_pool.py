@@ -19,6 +19,8 @@ from hf_tiered_cache.sizes import AUTO
 from hf_tiered_cache.tiers.base import Budget, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
+from hf_tiered_cache.tiers.host import HostTier
+from hf_tiered_cache.tiers.pinning import CudaPinning
 
 # A disk is busy with this much in flight (measured: 1 MiB records reach its rate at queue depth
 # 4); twice that keeps it busy while one half is attended.
@@ -37,6 +39,7 @@ class ManagerPool:
         self.config = config
         self.budgets = Budgets.resolve(config)
         self._expected_tables = expected_tables
+        self._host = Budget("host", self.budgets.host_bytes)
         self._disk = Budget("disk", self.budgets.disk_bytes)
         self._devices: dict[torch.device, Budget] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
@@ -84,6 +87,10 @@ class ManagerPool:
         budget = self._devices.get(device) or Budget("device", self.budgets.device_bytes)
         self._devices[device] = budget
         tiers: list[Tier] = [DeviceTier(layout.num_bytes, budget, device)]
+        is_wanted = device.type != "cpu" or not self.budgets.host_is_auto
+        if is_wanted and self._host.limit_bytes >= layout.num_bytes:
+            pinning = CudaPinning() if device.type == "cuda" else None
+            tiers.append(HostTier(layout.num_bytes, self._host, pinning=pinning))
         if self._disk.limit_bytes >= layout.num_bytes:
             tiers.append(
                 DiskTier(
@@ -116,16 +123,21 @@ class ManagerPool:
         return total
 
     def tier_stats(self) -> tuple[TierStats, ...]:
-        """One row per device, then the disk."""
+        """One row per device, then the host's memory where it is used, then the disk."""
+        budgets = self.budgets
         rows = []
         for device, budget in self._devices.items():
             tiers = [m.device_tier for (_, d), m in self._managers.items() if d == device]
-            is_auto = self.budgets.device_is_auto
-            rows.append(_tier_stats("device", tiers, budget, is_auto, str(device)))
+            rows.append(_tier_stats("device", tiers, budget, budgets.device_is_auto, str(device)))
+        lower = [tier for manager in self.managers for tier in manager.tiers[1:]]
+        hosts = [tier for tier in lower if isinstance(tier, HostTier)]
+        if hosts:
+            kind = " + ".join(dict.fromkeys(tier.memory_kind for tier in hosts))
+            rows.append(_tier_stats("host", hosts, self._host, budgets.host_is_auto, kind))
         if self._disk.limit_bytes:
-            disks = [tier for manager in self.managers for tier in manager.tiers[1:]]
-            is_auto = self.budgets.disk_is_auto
-            rows.append(_tier_stats("disk", disks, self._disk, is_auto, str(self.disk_dir)))
+            disks = [tier for tier in lower if isinstance(tier, DiskTier)]
+            where = str(self.disk_dir)
+            rows.append(_tier_stats("disk", disks, self._disk, budgets.disk_is_auto, where))
         return tuple(rows)
 
     def share(self) -> "ManagerPool":

@@ -20,7 +20,7 @@ class Counters:
     resident_reads: int = 0  # blocks attended where they lay
     cold_reads: int = 0  # blocks attended after a load into staging
     loads: int = 0  # blocks read from a lower tier, prefetched ones that were not used included
-    stores: int = 0  # blocks written to a lower tier
+    stores: int = 0  # blocks written one tier down, once for each they go
     loaded_bytes: int = 0
     stored_bytes: int = 0
     load_wait_seconds: float = 0.0  # attention stood still for a load
@@ -49,7 +49,7 @@ class TierStats:
     peak_bytes: int
     budget_bytes: int
     is_auto: bool  # the budget was chosen from what was free
-    where: str  # device or folder
+    where: str  # device, kind of memory, or folder
 
 
 @dataclass(frozen=True)

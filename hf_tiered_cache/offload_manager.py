@@ -2,9 +2,10 @@
 
 Exact decode reads every block of every layer once per token, in layer order. Against such a
 cyclic scan LRU hits nothing, so placement is by age: the newest blocks stay on the device, the
-same share in every layer, and older ones lie one rung down. A full block is immutable, so it is
-stored at most once and its device copy is dropped for free; stores start before their room is
-needed, so that a decode step seldom waits for one.
+same share in every layer, older ones lie one rung down, and the oldest on the last rung. A full
+block is immutable, so it is stored at most once on each rung and the copy above is dropped for
+free; stores start before their room is needed, so that a decode step seldom waits for one. Blocks
+never go up but through staging.
 
 One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
 it; `lock` is held by whoever moves or reads blocks.
@@ -27,12 +28,13 @@ from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.stream import BlockStream
 from hf_tiered_cache.tiers.base import DONE, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
+from hf_tiered_cache.tiers.memory import MemoryTier
 
 # Columns of cold blocks that staging must be able to hold: one is attended while one loads.
 STAGED_COLUMNS = 2
 
-# Stores that may be under way at once: enough to keep a disk's queue full, few enough that the
-# device keeps room for new blocks.
+# Stores to one rung that may be under way at once: enough to keep a disk's queue full, few enough
+# that the rung above keeps room for new blocks.
 MAX_STORES = 8
 
 
@@ -47,9 +49,9 @@ class Chunk:
 class OffloadManager:
     """Appends tokens, demotes the oldest blocks and streams cold ones back.
 
-    `tiers` is the chain from the device down; blocks go down one rung at a time. `expected_tables`
-    is the number of layers, where the model's config told it (0: unknown): it lets the first
-    append say that a budget is too small for the layers still to come.
+    `tiers` is the chain from the device down, all but the last in memory; blocks go down one rung
+    at a time. `expected_tables` is the number of layers, where the model's config told it (0:
+    unknown): it lets the first append say that a budget is too small for the layers still to come.
     """
 
     def __init__(
@@ -59,19 +61,22 @@ class OffloadManager:
         staging_slots: int,
         expected_tables: int = 0,
     ) -> None:
-        device = tiers[DEVICE]
+        device, upper = tiers[DEVICE], [tier for tier in tiers[:-1] if isinstance(tier, MemoryTier)]
         assert isinstance(device, DeviceTier)
+        assert len(upper) == len(tiers) - 1, "a store reads memory: only the last tier may be none"
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
         self.blocks = KVBlockManager(len(tiers))
         self.counters = Counters()
         self.lock = threading.RLock()
+        self._upper = upper  # tiers that have one below
         self._lower = tiers[DEVICE + 1 :]
         self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
         self._stream = BlockStream(tiers, 0, self.counters)  # grows with the first append
         self._expected_tables = expected_tables
-        self._storing: list[KVBlock] = []  # in order of their start
+        # Stores that nobody waited for yet, by rung, in order of their start.
+        self._storing: list[dict[KVBlock, None]] = [{} for _ in tiers]
         self._abandoned: deque[BlockTable] = deque()
         self._is_sharing_device = False
         self._is_closed = False
@@ -128,7 +133,7 @@ class OffloadManager:
         slots = self.blocks.placement(table).slots
         ops.append_tokens(keys, values, self.device_tier.slab, slots, self.layout, start)
         if self.blocks.advance(table, keys.shape[2]):
-            self._store_ahead(table)
+            self._store_ahead(self._num_layers * table.batch)
 
     def _add_columns(self, table: BlockTable, num_tokens: int) -> int:
         """Add as many empty columns as fit now, at least one, at most for `num_tokens` tokens;
@@ -186,90 +191,111 @@ class OffloadManager:
         target.copy_(self.device_tier.block(staged))
         self._stream.release([block])
 
-    def make_room(self, num_blocks: int) -> None:
-        """Demote the oldest blocks until `num_blocks` device slots are free.
+    def make_room(self, num_blocks: int, rung: int = DEVICE) -> None:
+        """Demote the oldest blocks of a rung until `num_blocks` slots of it are free.
 
-        Raises OutOfBlocksError when everything left on the device must stay, TierIOError when a
-        store failed (the block stays on the device).
+        Raises OutOfBlocksError when everything left there must stay, TierIOError when a store
+        failed (the block stays where it is).
         """
-        while self._num_free_slots() < num_blocks:
-            if not self._lower:
-                raise self._out_of_blocks(num_blocks)
-            block = self.blocks.next_to_demote(may_store=self._lower[0].num_free() > 0)
+        while self._num_free_slots(rung) < num_blocks:
+            block = None
+            if rung < len(self._upper):
+                block = self.blocks.next_to_demote(self._num_slots_below(rung) > 0, rung)
             if block is None:
                 raise self._out_of_blocks(num_blocks)
-            if not block.is_stored:
-                self._store(block)
-            self._finish_store(block)
-            slot = self.blocks.move(block, DEVICE, None)
-            assert slot is not None
-            self.device_tier.free(slot)
+            copy = block.copy_below(rung)
+            if copy is None:
+                copy = self._store(block, rung)
+            self._finish_store(block, copy)
+            self._free_copy(block, rung)
 
-    def _store_ahead(self, table: BlockTable) -> None:
+    def _store_ahead(self, num_blocks: int) -> None:
         """Start storing the blocks that are next to leave, before their room is needed.
 
-        The next forward may ask for one block per row of every table; as long as so many slots
-        are free or can be dropped without a wait, nothing is stored: what fits costs nothing.
+        The next forward may ask for `num_blocks`, one per row of every table; as long as so many
+        slots of a rung are free or can be dropped without a wait, nothing on it is stored: what
+        fits costs nothing.
         """
-        if not self._lower:
-            return
-        self._reap_stores()
-        wanted = self._num_layers * table.batch
-        while (
-            len(self._storing) < MAX_STORES
-            and self._num_free_slots() + self.blocks.num_clean < wanted
-            and (block := self.blocks.next_to_store()) is not None
-            and self._lower[0].num_free() > 0
-        ):
-            try:
-                self._store(block)
-            except TierIOError:
-                return  # not yet in need: `make_room` tries again and says so if it must
+        if any(self._storing):
+            self._reap_stores()
+        for rung in range(len(self._upper)):  # from above: what it takes below is made good then
+            while (
+                self._num_free_slots(rung) + self.blocks.num_clean_on(rung) < num_blocks
+                and (target := self._rung_below(rung)) is not None
+                and len(self._storing[target]) < MAX_STORES
+                and (block := self.blocks.next_to_store(rung)) is not None
+                and block.stores[rung].is_ready()
+                and self._has_room_now(target)
+            ):
+                try:
+                    self._store(block, rung)
+                except TierIOError:
+                    break  # not yet in need: `make_room` tries again and says so if it must
 
-    def _store(self, block: KVBlock) -> None:
-        """Start writing a block one rung down; it counts as stored once its transfer is done."""
-        rung = DEVICE + 1
-        slot = self._lower[0].allocate()
-        if slot is None:
+    def _has_room_now(self, rung: int) -> bool:
+        """Whether a slot of a lower rung is free, or can be made so without a wait."""
+        if self._num_free_slots(rung) > 0:
+            return True
+        if rung == len(self._upper):
+            return False
+        block = self.blocks.next_to_demote(may_store=False, rung=rung)
+        copy = None if block is None else block.copy_below(rung)
+        return block is not None and copy is not None and block.stores[copy].is_ready()
+
+    def _store(self, block: KVBlock, rung: int) -> int:
+        """Start writing a block from a rung to the one below, which is returned; it counts as
+        stored there once its transfer is done."""
+        self._finish_store(block, rung)
+        target = self._rung_below(rung)
+        if target is None:
             raise self._out_of_blocks(1)
-        source = block.slots[DEVICE]
+        self.make_room(1, target)
+        source, slot = block.slots[rung], self.tiers[target].allocate()
         assert source is not None
+        if slot is None:  # another manager on the same budget took it
+            raise self._out_of_blocks(1)
         try:
-            block.store = self.tiers[rung].write([slot], [self.device_tier.block(source)])
+            data = self._upper[rung].block(source)
+            block.stores[target] = self.tiers[target].write([slot], [data])
         except BaseException:
-            self._lower[0].free(slot)
+            self.tiers[target].free(slot)
             raise
-        self.blocks.move(block, rung, slot)
-        self._storing.append(block)
+        self.blocks.move(block, target, slot)
+        self._storing[target][block] = None
         self.counters.stores += 1
         self.counters.stored_bytes += self.layout.num_bytes
+        return target
 
-    def _finish_store(self, block: KVBlock) -> None:
-        """Wait for a block's store; on failure the block is dirty again and TierIOError raised."""
+    def _finish_store(self, block: KVBlock, rung: int) -> None:
+        """Wait until a block's copy on a rung is there; if its store failed that copy is given up
+        and TierIOError raised."""
+        store = block.stores[rung]
         try:
-            if not block.store.is_ready():
+            if not store.is_ready():
                 with span("store_wait"), self.counters.waiting("store_wait_seconds"):
-                    block.store.wait()
-            block.store.wait()
+                    store.wait()
+            store.wait()
         except TierIOError:
-            self._forget_store(block)
+            self._free_slots(block, first_rung=rung)
             raise
+        self._forget_store(block, rung)
 
     def _reap_stores(self) -> None:
         """Forget finished stores; a failed one makes its block dirty again, to be retried later."""
-        ended = [block for block in self._storing if block.store.is_ready()]
-        for block in reversed(ended):  # so that of those that failed the oldest comes first again
-            try:
-                block.store.wait()
-            except TierIOError:
-                self._forget_store(block)
-            else:
-                self._storing.remove(block)
-                block.store = DONE
+        for rung, storing in enumerate(self._storing):
+            ended = [block for block in storing if block.stores[rung].is_ready()]
+            for block in reversed(ended):  # so that of those that failed the oldest is first again
+                try:
+                    block.stores[rung].wait()
+                except TierIOError:
+                    self._free_slots(block, first_rung=rung)
+                else:
+                    self._forget_store(block, rung)
 
-    def _forget_store(self, block: KVBlock) -> None:
-        self._storing.remove(block)
-        self._free_slots(block, first_rung=DEVICE + 1)
+    def _forget_store(self, block: KVBlock, rung: int) -> None:
+        """A store ended, or its outcome no longer matters."""
+        self._storing[rung].pop(block, None)
+        block.stores[rung] = DONE
 
     def _check_capacity(self, table: BlockTable, num_tokens: int) -> None:
         """Raise OutOfBlocksError unless `num_tokens` more tokens fit, whatever must be demoted for
@@ -277,24 +303,24 @@ class OffloadManager:
         columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
         copies, pinned = self._fill_needs(table)
         needed = columns * table.batch + copies
-        lower = sum(tier.num_free() for tier in self._lower)
-        if needed > self._num_free_slots() + self.blocks.num_clean + lower:
-            raise self._out_of_blocks(needed)
         least_staging = STAGED_COLUMNS * self.blocks.max_batch if self._lower else 0
         pinned = max(pinned, self._num_layers * table.batch)
         most = self.device_tier.used_slots + self.device_tier.num_free()
         if pinned + least_staging > most:
             raise self._budget_too_small(table.batch, most, pinned, least_staging)
-        if self._lower:
-            wanted = max(self._staging_slots, least_staging)
-            self._resize_staging(min(wanted, most - pinned))
+        staging = min(max(self._staging_slots, least_staging), most - pinned) if self._lower else 0
+        free = self._num_free_slots() + self._stream.num_slots - staging
+        droppable = self.blocks.num_clean_on(DEVICE)
+        if needed > free + droppable + self._num_slots_below(DEVICE):
+            raise self._out_of_blocks(needed)
+        self._resize_staging(staging)
 
     def _fill_needs(self, table: BlockTable) -> tuple[int, int]:
         """(blocks to copy before the table's last blocks can be written, blocks pinned to the
         device once they, or those of a new column, are). Pinned are the filling ones of all
         tables."""
         pinned = self.device_tier.used_slots - self._stream.num_taken
-        pinned -= self.blocks.num_clean + self.blocks.num_dirty
+        pinned -= self.blocks.num_demotable()
         if not table.is_filling:
             return 0, pinned + table.batch
         copies = 0
@@ -323,9 +349,24 @@ class OffloadManager:
         """Layers of a forward: each pins its filling blocks."""
         return max(self.blocks.num_layers, self._expected_tables)
 
-    def _num_free_slots(self) -> int:
-        """Device slots that blocks may take: free ones, less those kept for staging."""
-        return self.device_tier.num_free() - self._stream.num_reserved
+    def _num_free_slots(self, rung: int = DEVICE) -> int:
+        """Slots of a rung that blocks may take: free ones, less those kept for staging."""
+        kept = self._stream.num_reserved if rung == DEVICE else 0
+        return self.tiers[rung].num_free() - kept
+
+    def _num_slots_below(self, rung: int) -> int:
+        """Blocks that could still come to the rungs below: into free slots, and into those of
+        copies that can be dropped."""
+        lower = range(rung + 1, len(self.tiers))
+        free = sum(self.tiers[one].num_free() for one in lower)
+        return free + sum(self.blocks.num_clean_on(one) for one in lower[:-1])
+
+    def _rung_below(self, rung: int) -> int | None:
+        """The next rung down, without those of which other managers hold the whole budget."""
+        for lower in range(rung + 1, len(self.tiers)):
+            if self.tiers[lower].used_slots + self.tiers[lower].num_free():
+                return lower
+        return None
 
     def _allocate(self) -> int:
         slot = self.device_tier.allocate()
@@ -350,11 +391,9 @@ class OffloadManager:
             f"{tier.name}: {tier.used_slots} of {tier.used_slots + tier.num_free()} blocks used"
             for tier in self.tiers
         )
-        knob = (
-            "raise disk_bytes or device_bytes"
-            if self._lower
-            else "raise device_bytes or allow disk_bytes"
-        )
+        knob = "raise " + " or ".join(f"{tier.name}_bytes" for tier in reversed(self.tiers))
+        if not any(tier.name == "disk" for tier in self.tiers):
+            knob += " or allow disk_bytes"
         size = format_bytes(num_blocks * self.layout.num_bytes)
         return OutOfBlocksError(
             f"no room for {num_blocks} more blocks ({size}) of {self.layout.block_tokens} tokens "
@@ -392,16 +431,20 @@ class OffloadManager:
             self._free_slots(block, first_rung=DEVICE)
 
     def _free_slots(self, block: KVBlock, first_rung: int) -> None:
-        """Free the block's slots from `first_rung` down, after a store under way has ended."""
-        if block in self._storing:
-            self._storing.remove(block)
-        with contextlib.suppress(TierIOError):  # the copy is given up anyway
-            block.store.wait()
-        block.store = DONE
+        """Free the block's slots from `first_rung` down, after stores under way have ended."""
+        for rung in range(max(first_rung, DEVICE + 1), len(self.tiers)):
+            with contextlib.suppress(TierIOError):  # the copy is given up anyway
+                block.stores[rung].wait()
+            self._forget_store(block, rung)
         for rung in range(first_rung, len(self.tiers)):
-            slot = self.blocks.move(block, rung, None)
-            if slot is not None:
-                self.tiers[rung].free(slot)
+            self._free_copy(block, rung)
+
+    def _free_copy(self, block: KVBlock, rung: int) -> None:
+        """Free the block's slot on a rung, if it has one. No store may be reading or writing it;
+        loads may: the tier lets them end undisturbed."""
+        slot = self.blocks.move(block, rung, None)
+        if slot is not None:
+            self.tiers[rung].free(slot)
 
     def stream(
         self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
@@ -502,6 +545,24 @@ class OffloadManager:
             if rung == DEVICE:
                 slots += self._stream.num_taken
             assert slots == tier.used_slots, f"{tier.name}: {slots} held, {tier.used_slots} used"
+        for block in held:
+            self._check_stores(block)
+        storing = {block for blocks in self._storing for block in blocks}
+        assert storing <= held, "a block that nobody holds is being stored"
+
+    def _check_stores(self, block: KVBlock) -> None:
+        """The highest copy is there. One on its way is on the list of its rung and has its slot,
+        and the next one above, from which it comes, is there."""
+        highest = next(rung for rung, slot in enumerate(block.slots) if slot is not None)
+        assert block.stores[highest].is_ready(), f"{block} was dropped above too early"
+        block.stores[highest].wait()  # raises if it failed
+        for rung, store in enumerate(block.stores):
+            if not store.is_ready():
+                assert block in self._storing[rung], f"{block}: rung {rung} lost sight of its store"
+                assert block.slots[rung] is not None, f"{block}: a store without a slot, {rung=}"
+                above = [up for up in range(rung) if block.slots[up] is not None]
+                assert above, f"{block}: what is stored to rung {rung} is gone above"
+                assert block.stores[above[-1]].is_ready(), f"{block}: stored before it was there"
 
     def close(self) -> None:
         """Give every tier's memory, files and threads back; what is not yet stored never will be.

@@ -31,7 +31,7 @@ class BlockStream:
 
     A staged block is wanted (loading or loaded, not yet attended). `load` returns when its blocks
     are in staging; `release` makes their slots free for the next ones. Anything staged may be
-    discarded: the tier below still holds it.
+    discarded: a tier below still holds it. Loads come from the highest one that does.
     """
 
     def __init__(self, tiers: Sequence[Tier], num_slots: int, counters: Counters) -> None:
@@ -155,13 +155,15 @@ class BlockStream:
         for first in range(0, len(blocks), per_read):
             group: dict[int, list[KVBlock]] = {}
             for block in blocks[first : first + per_read]:
-                group.setdefault(_source(block), []).append(block)
+                rung = block.copy_below(DEVICE)
+                assert rung is not None, f"{block} has no copy below the device"
+                group.setdefault(rung, []).append(block)
             for rung, members in group.items():
                 self._read(rung, members)
 
     def _read(self, rung: int, blocks: Sequence[KVBlock]) -> None:
         for block in blocks:
-            block.store.wait()  # a copy that is still being written may not be relied on
+            block.stores[rung].wait()  # a copy still being written may not be relied on
         sources = [slot for block in blocks if (slot := block.slots[rung]) is not None]
         slots = [self._take_slot() for _ in blocks]
         try:
@@ -180,14 +182,6 @@ class BlockStream:
         slot = self._device.allocate()
         assert slot is not None, "the device tier gave staging's slots away"
         return slot
-
-
-def _source(block: KVBlock) -> int:
-    """The highest rung below the device that holds a copy."""
-    for rung in range(DEVICE + 1, len(block.slots)):
-        if block.slots[rung] is not None:
-            return rung
-    raise AssertionError(f"{block} has no copy below the device")
 
 
 def _settle(transfer: Transfer) -> None:

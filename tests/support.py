@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.offload_manager import OffloadManager
-from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, Transfer
+from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Transfer
 
 BLOCK_TOKENS = 4
 LAYOUT = BlockLayout(
@@ -71,11 +71,16 @@ def make_manager(
     expected_tables: int = 0,
     faulty: bool = False,
     layout: BlockLayout = LAYOUT,
+    host_blocks: int = 0,
 ) -> OffloadManager:
-    """A manager over a poisoned device tier and, unless `disk_blocks` is 0, a recording disk."""
+    """A manager over a poisoned device tier and, unless `disk_blocks` is 0, a recording disk; with
+    `host_blocks` a poisoned host tier between them."""
     device = DeviceTier(layout.num_bytes, Budget("device", device_blocks * layout.num_bytes))
     device.poison = True
     tiers: list[Any] = [device]
+    if host_blocks:
+        tiers.append(HostTier(layout.num_bytes, Budget("host", host_blocks * layout.num_bytes)))
+        tiers[-1].poison = True
     if disk_blocks:
         knobs = {"open_file": FaultyFile} if faulty else {}
         budget = Budget("disk", disk_blocks * layout.num_bytes)
@@ -165,6 +170,17 @@ class Shadowed:
         assert torch.equal(values, self.values)
 
 
+RUNGS = "Dhd"
+
+
+def addresses(table: BlockTable, row: int = 0) -> str:
+    """One word per block of a table over three rungs: the letters D, h, d of those it is on."""
+    return " ".join(
+        "".join(letter for letter, slot in zip(RUNGS, block.slots, strict=True) if slot is not None)
+        for block in table.rows[row]
+    )
+
+
 def placement(table: BlockTable, row: int = 0) -> str:
     """One letter per block: D on the device only, b both there and on disk, d on disk only."""
     letters = {(True, False): "D", (True, True): "b", (False, True): "d"}
@@ -175,7 +191,8 @@ def settle(manager: OffloadManager) -> None:
     """Wait for the stores and loads under way."""
     for table in manager.blocks.tables:
         for block in table.blocks():
-            block.store.wait()
+            for store in block.stores:
+                store.wait()
 
 
 @dataclass

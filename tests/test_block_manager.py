@@ -160,6 +160,66 @@ def test_a_block_whose_store_failed_is_the_oldest_again():
     caller.blocks.check_integrity()
 
 
+HOST, BOTTOM = 1, 2
+
+
+def filled_chain(*num_blocks: int) -> tuple[KVBlockManager, list[BlockTable]]:
+    """Layers of so many full blocks over three rungs, all on the device."""
+    blocks = KVBlockManager(num_tiers=3)
+    tables = []
+    slots = iter(range(1000))
+    for layer, count in enumerate(num_blocks):
+        tables.append(blocks.new_table(layer, LAYOUT, 1))
+        for _ in range(count):
+            blocks.append_block(tables[-1], 0, next(slots))
+        blocks.advance(tables[-1], count * BLOCK_TOKENS)
+    return blocks, tables
+
+
+def test_a_copy_waits_on_its_own_rung_clean_once_there_is_one_below():
+    blocks, (table,) = filled_chain(2)
+    first, second = table.rows[0]
+    blocks.move(first, HOST, 0)
+    assert (blocks.num_clean_on(DEVICE), blocks.num_clean_on(HOST)) == (1, 0)
+    assert [blocks.num_demotable(rung) for rung in (DEVICE, HOST)] == [2, 1]
+    assert (blocks.next_to_store(DEVICE), blocks.next_to_store(HOST)) == (second, first)
+    blocks.move(first, BOTTOM, 0)
+    assert (blocks.num_clean, blocks.num_dirty) == (2, 1)  # a device and a host copy; the second's
+    blocks.move(first, HOST, None)
+    assert (blocks.num_clean_on(DEVICE), blocks.num_demotable(HOST)) == (1, 0)
+    assert first.copy_below(DEVICE) == BOTTOM
+    blocks.check_integrity()
+    assert blocks.truncate(table, 0) == [first, second]
+    assert blocks.num_clean + blocks.num_dirty == 0
+
+
+def test_below_the_device_the_oldest_block_of_all_layers_goes_first():
+    """The fullest layer there may be the one of which most are still on the device."""
+    blocks, tables = filled_chain(3, 3)
+    for slot, (layer, index) in enumerate([(0, 0), (1, 0), (1, 1), (0, 1), (0, 2)]):
+        blocks.move(tables[layer].rows[0][index], HOST, slot)
+    victims = []
+    while block := blocks.next_to_demote(may_store=True, rung=HOST):
+        victims.append((block.layer, block.index))
+        blocks.move(block, BOTTOM, len(victims))
+        blocks.move(block, HOST, None)
+        blocks.check_integrity()
+    assert victims == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
+
+
+def test_a_block_on_the_host_that_would_never_be_demoted_is_noticed():
+    blocks, (table,) = filled_chain(1)
+    table.rows[0][0].slots[HOST] = 0
+    with pytest.raises(BlockStateError, match="wrong queue of demotion"):
+        blocks.check_integrity()
+    blocks, (table,) = filled_chain(1)
+    blocks.move(table.rows[0][0], HOST, 0)
+    blocks.move(table.rows[0][0], DEVICE, None)
+    blocks._dirty[HOST][0].clear()
+    with pytest.raises(BlockStateError, match="1 blocks on rung 1, 0 wait for demotion"):
+        blocks.check_integrity()
+
+
 def test_selecting_rows_shares_blocks_and_moves_no_slot():
     caller, table = filled(10, batch=3)
     slots = [[block.slots[DEVICE] for block in row] for row in table.rows]

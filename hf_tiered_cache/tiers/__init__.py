@@ -7,5 +7,17 @@ on close. It knows no layers, tokens or policies: those are the block and offloa
 from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, tier_class
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
+from hf_tiered_cache.tiers.host import HostTier
+from hf_tiered_cache.tiers.memory import MemoryTier
 
-__all__ = ["DONE", "Budget", "DeviceTier", "DiskTier", "Tier", "Transfer", "tier_class"]
+__all__ = [
+    "DONE",
+    "Budget",
+    "DeviceTier",
+    "DiskTier",
+    "HostTier",
+    "MemoryTier",
+    "Tier",
+    "Transfer",
+    "tier_class",
+]

@@ -1,36 +1,20 @@
-"""The tier where attention is computed: one slab, one view per block.
+"""The tier where attention is computed.
 
-On the CPU the slab is virtual memory as large as the budget, of which only what is touched becomes
-physical. On any other torch device it is one allocation of the whole budget, made at construction.
+On the CPU its slab grows by what is touched. On any other torch device it is one allocation of the
+whole budget, made at construction.
 """
 
-import contextlib
-import mmap
-import platform
 import weakref
-from collections.abc import Sequence
 
 import torch
 
-from hf_tiered_cache.errors import ClosedCacheError, ConfigError
-from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, check_block_bytes, check_blocks
+from hf_tiered_cache.tiers.base import Budget
+from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
 from hf_tiered_cache.tiers.slots import SlotPool
 
-HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
-# Missing from the mmap module before Python 3.13; the value is that of the machines named.
-_MAP_NORESERVE = getattr(
-    mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64", "riscv64") else 0
-)
-
-
-class DeviceTier(Tier, name="device"):
-    """Blocks in the memory attention reads.
-
-    `slab`: uint8 `[max_slots, block_bytes]`, every block 4 KiB aligned on the CPU. Slots are handed
-    out lowest first, so that physical memory stays near what is used; freed slots keep theirs. With
-    `poison` (for tests) a freed slot is filled with 0xFF, which reads as NaN in every float dtype.
-    """
+class DeviceTier(MemoryTier, name="device"):
+    """Blocks in the memory attention reads; see `MemoryTier`."""
 
     def __init__(
         self, block_bytes: int, budget: Budget, device: torch.device | str = "cpu"
@@ -38,18 +22,14 @@ class DeviceTier(Tier, name="device"):
         """Raises ConfigError when the budget cannot be mapped, or `block_bytes` is no multiple of
         4096. On a device other than the CPU what is left of the budget is allocated here, and
         torch's own out-of-memory error goes through."""
-        check_block_bytes(block_bytes)
-        self.block_bytes = block_bytes
-        self.budget = budget
+        super().__init__(block_bytes, budget)
         self.device = torch.device(device)
-        self.poison = False
-        self._mapping: mmap.mmap | None = None
-        self._slab: torch.Tensor | None
         if self.device.type == "cpu":
             max_slots, step_slots = budget.limit_bytes // block_bytes, 1
-            self._mapping, self._slab = _virtual_slab(max_slots, block_bytes, budget.name)
+            self._mapping, self._slab = virtual_slab(max_slots, block_bytes, budget.name)
         else:  # all allocated now, so all accounted for at once
             max_slots = step_slots = budget.free_bytes // block_bytes
+            self._mapping = None
             self._slab = torch.empty(
                 (max_slots, block_bytes), dtype=torch.uint8, device=self.device
             )
@@ -62,97 +42,7 @@ class DeviceTier(Tier, name="device"):
             if first is not None:
                 self._pool.free(first)
 
-    @property
-    def slab(self) -> torch.Tensor:
-        """uint8 `[max_slots, block_bytes]`, a block a row. Raises ClosedCacheError once closed."""
-        if self._slab is None:
-            raise ClosedCacheError("the device tier is closed; make a new cache")
-        return self._slab
-
-    def block(self, slot: int) -> torch.Tensor:
-        """A view of the block in `slot`: uint8 `[block_bytes]`."""
-        return self.slab[slot]
-
-    def allocate(self) -> int | None:
-        """A slot; see `Tier.allocate`."""
-        self._check_open()
-        return self._pool.allocate()
-
-    def free(self, slot: int) -> None:
-        """Give a slot back; its physical memory stays for the next one."""
-        slab = self.slab
-        self._pool.free(slot)
-        if self.poison:
-            slab[slot].fill_(0xFF)
-
-    def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
-        """Copy blocks out of the slab, at once on the CPU, in the current stream elsewhere."""
-        self._check_open()
-        check_blocks(slots, out, self.block_bytes)
-        self._pool.check(slots)
-        for slot, block in zip(slots, out, strict=True):
-            block.copy_(self.slab[slot])
-        return DONE
-
-    def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
-        """Copy blocks into the slab, at once on the CPU, in the current stream elsewhere."""
-        self._check_open()
-        check_blocks(slots, data, self.block_bytes)
-        self._pool.check(slots)
-        for slot, block in zip(slots, data, strict=True):
-            self.slab[slot].copy_(block)
-        return DONE
-
-    @property
-    def used_slots(self) -> int:
-        """Slots handed out and not freed."""
-        return self._pool.num_used
-
-    @property
-    def committed_bytes(self) -> int:
-        """Bytes held of the budget; on the CPU physical memory may be up to a huge page more."""
-        return self._pool.committed_bytes
-
-    def num_free(self) -> int:
-        """Slots that could still be allocated."""
-        return self._pool.num_free()
-
     def close(self) -> None:
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
-        self._slab = None
         self._finalizer()
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            # Not mapping.close(): torch.frombuffer does not lock the mapping, so a view that is
-            # still alive would point to nothing. The addresses go with the last view.
-            mapping.madvise(mmap.MADV_DONTNEED)
-
-    def _check_open(self) -> None:
-        _ = self.slab
-
-
-def _virtual_slab(
-    num_slots: int, block_bytes: int, budget_name: str
-) -> tuple[mmap.mmap | None, torch.Tensor]:
-    """Map uint8 `[num_slots, block_bytes]` on a huge page boundary, physical where touched."""
-    if num_slots == 0:
-        return None, torch.empty((0, block_bytes), dtype=torch.uint8)
-    num_bytes = num_slots * block_bytes
-    try:
-        mapping = mmap.mmap(
-            -1,
-            num_bytes + HUGE_PAGE_BYTES,
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
-        )
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cannot map {num_bytes} bytes of memory ({error}); lower {budget_name}_bytes"
-        ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
-    slab = torch.frombuffer(
-        mapping, dtype=torch.uint8, count=num_bytes, offset=-address % HUGE_PAGE_BYTES
-    )
-    return mapping, slab.view(num_slots, block_bytes)
+        self._give_back()

@@ -69,6 +69,12 @@ class SlotPool:
             self._used.add(slot)
             return slot
 
+    def grow_ahead(self) -> None:
+        """Commit a whole step more, where the budget has it, once less than half of one is left."""
+        with self._lock:
+            if len(self._free) < self._step_slots // 2:
+                self._commit_slots(self._step_slots)
+
     def free(self, slot: int) -> None:
         """Take `slot` back. Raises BlockStateError when it was not handed out."""
         with self._lock:
@@ -96,22 +102,28 @@ class SlotPool:
 
     def _grow(self) -> bool:
         """Commit a step of slots, or one where a step does not fit; whether any was committed."""
-        start = self._num_committed
-        step = min(self._step_slots, self._max_slots - start)
-        for num_slots in dict.fromkeys((step, min(step, 1))):
-            num_bytes = num_slots * self._block_bytes
-            if num_slots == 0 or not self._budget.reserve(num_bytes):
-                continue
-            try:
-                if self._commit is not None:
-                    self._commit(start, start + num_slots)
-            except BaseException as error:
-                self._budget.release(num_bytes)
-                if isinstance(error, TierIOError) and num_slots > 1:
-                    continue  # less room than a step may still be room for one
-                raise
-            self._num_committed += num_slots
-            for slot in range(start, start + num_slots):
-                heapq.heappush(self._free, slot)
-            return True
-        return False
+        step = min(self._step_slots, self._max_slots - self._num_committed)
+        try:
+            if self._commit_slots(step):
+                return True
+        except TierIOError:
+            if step == 1:
+                raise  # less room than a step may still be room for one
+        return step > 1 and self._commit_slots(1)
+
+    def _commit_slots(self, num_slots: int) -> bool:
+        """Commit so many slots; False, and nothing changed, where they do not fit."""
+        start, stop = self._num_committed, self._num_committed + num_slots
+        num_bytes = num_slots * self._block_bytes
+        if num_slots == 0 or stop > self._max_slots or not self._budget.reserve(num_bytes):
+            return False
+        try:
+            if self._commit is not None:
+                self._commit(start, stop)
+        except BaseException:
+            self._budget.release(num_bytes)
+            raise
+        self._num_committed = stop
+        for slot in range(start, stop):
+            heapq.heappush(self._free, slot)
+        return True

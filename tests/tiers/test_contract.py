@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiers.late_tier import LateTier, Link
 
 from hf_tiered_cache.errors import (
     BlockStateError,
@@ -14,16 +15,18 @@ from hf_tiered_cache.errors import (
     ConfigError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, Tier
+from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Tier
 
 BLOCK = 8192
 
 FACTORIES = {
     "device": lambda block, budget, _folder: DeviceTier(block, budget),
+    "host": lambda block, budget, _folder: HostTier(block, budget),
     "disk": lambda block, budget, folder: DiskTier(block, budget, folder),
 }
 VARIANTS = {
     **FACTORIES,
+    "host late": lambda block, budget, _folder: LateTier(block, budget, Link(seed=1), False),
     "disk direct": lambda block, budget, folder: DiskTier(block, budget, folder, io="direct"),
     "disk buffered": lambda block, budget, folder: DiskTier(block, budget, folder, io="buffered"),
     "disk mixed": lambda block, budget, folder: DiskTier(

@@ -1,0 +1,180 @@
+"""The tier in the memory of the host: below a GPU, or below faster memory of the CPU.
+
+Getting memory costs about a tenth of a second for a GiB (pages are zeroed, and pinned for a GPU),
+so it grows by slabs, in background threads, before their slots are handed out.
+"""
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers.utils import logging
+
+from hf_tiered_cache.layout import ALIGNMENT_BYTES
+from hf_tiered_cache.sizes import format_bytes
+from hf_tiered_cache.tiers.base import Budget, Transfer, io_error
+from hf_tiered_cache.tiers.io_threads import IOThreads
+from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
+from hf_tiered_cache.tiers.pinning import Pinning
+from hf_tiered_cache.tiers.slots import SlotPool
+
+logger = logging.get_logger(__name__)
+
+SLAB_BYTES = 256 * 1024 * 1024  # memory is got this far ahead ...
+SLABS_PER_BUDGET = 16  # ... but at most this part of the budget, which other tiers may share
+PIECE_BYTES = 64 * 1024 * 1024  # one thread touches so much at a time; torch uses no more threads
+MAX_THREADS = 4  # of them saturate the zeroing of pages
+
+
+class HostTier(MemoryTier, name="host"):
+    """Blocks in memory that is not the device's; see `MemoryTier`.
+
+    When half of a slab is handed out the next one is being got: threads touch its pages, then
+    `pinning` locks it (None: it stays pageable). Where that is refused, this and all later slabs
+    stay pageable: copies are slower, not wrong; a log line and `memory_kind` say so.
+    """
+
+    def __init__(
+        self,
+        block_bytes: int,
+        budget: Budget,
+        *,
+        pinning: Pinning | None = None,
+        slab_bytes: int = SLAB_BYTES,
+    ) -> None:
+        """Raises ConfigError when the budget cannot be mapped, or `block_bytes` is no multiple of
+        4096."""
+        super().__init__(block_bytes, budget)
+        max_slots = budget.limit_bytes // block_bytes
+        self._mapping, slab = virtual_slab(max_slots, block_bytes, budget.name)
+        self._slab = slab
+        self._growth = _Growth(slab, pinning)
+        slab_bytes = min(slab_bytes, budget.limit_bytes // SLABS_PER_BUDGET)
+        self._pool = SlotPool(
+            block_bytes,
+            budget,
+            self.name,
+            step_slots=max(1, slab_bytes // block_bytes),
+            commit=self._growth.begin,
+        )
+        self._finalizer = weakref.finalize(self, _shut_down, self._growth, self._pool)
+
+    @property
+    def memory_kind(self) -> str:
+        """How the memory is held: "pageable", "pinned", or "pageable: pinning failed"."""
+        return self._growth.memory_kind
+
+    def allocate(self) -> int | None:
+        """A slot; see `Tier.allocate`. Waits where its memory is not there yet."""
+        slot = super().allocate()
+        if slot is not None:
+            try:
+                self._pool.grow_ahead()
+                self._growth.wait(slot)
+            except BaseException:
+                self._pool.free(slot)
+                raise
+        return slot
+
+    def close(self) -> None:
+        """Stop the threads, return the memory at once, even while views of the slab are alive (they
+        read zeros). Idempotent. Also done when the tier is garbage collected."""
+        self._finalizer()
+        self._give_back()
+
+
+class _Growth:
+    """Gets the memory of slots in background threads. Does not know the tier, which may go first.
+
+    Called under the lock of the tier's slot pool, so nothing here but `wait` and `close` waits.
+    """
+
+    def __init__(self, slab: torch.Tensor, pinning: Pinning | None) -> None:
+        self.memory_kind = "pageable" if pinning is None else "pinned"
+        self._slab = slab
+        self._pinning = pinning
+        self._pinned: list[int] = []  # addresses
+        self._is_closed = False
+        self._threads = IOThreads(min(MAX_THREADS, os.cpu_count() or 1), "hf_tiered_cache-host")
+        self._slabs: deque[tuple[int, Transfer]] = (
+            deque()
+        )  # (first slot, its memory), not waited for
+
+    def begin(self, start: int, stop: int) -> None:
+        """Get the memory of the slots `[start, stop)`."""
+        self._threads.start()
+        memory = self._slab[start:stop].view(-1)
+        pieces = memory.split(PIECE_BYTES)
+        touched, is_there = Transfer(len(pieces)), Transfer()
+        for piece in pieces:
+            self._threads.submit(_Job(partial(_touch, piece), touched))
+        # Behind the pieces in the queue: a job may wait for those before it.
+        self._threads.submit(_Job(partial(self._pin, touched, memory), is_there))
+        self._slabs.append((start, is_there))
+
+    def wait(self, slot: int) -> None:
+        """Return when the memory of the slot is there. Slots are first handed out in order."""
+        while self._slabs and self._slabs[0][0] <= slot:
+            self._slabs[0][1].wait()
+            self._slabs.popleft()
+
+    def close(self) -> None:
+        """Join the threads, unlock the memory."""
+        self._is_closed = True
+        self._threads.close()
+        while self._pinned:
+            assert self._pinning is not None
+            self._pinning.unregister(self._pinned.pop())
+
+    def _pin(self, touched: Transfer, memory: torch.Tensor) -> None:
+        touched.wait()
+        if self._pinning is None or self.memory_kind != "pinned" or self._is_closed:
+            return
+        if self._pinning.register(memory.data_ptr(), memory.numel()):
+            self._pinned.append(memory.data_ptr())
+            return
+        self.memory_kind = "pageable: pinning failed"
+        logger.warning_once(
+            f"{format_bytes(memory.numel())} of host memory cannot be pinned, so copies to and from"
+            " the GPU are slower than they could be. The system limits locked memory: lower"
+            " host_bytes, or raise the limit (ulimit -l)."
+        )
+
+
+class _Job:
+    """One part of getting memory; ends its transfer whatever happens."""
+
+    def __init__(self, work: Callable[[], None], transfer: Transfer) -> None:
+        self._work = work
+        self._transfer = transfer
+
+    def run(self) -> None:
+        """Do it."""
+        error = None
+        try:
+            self._work()
+        except Exception as cause:
+            error = io_error(None, f"cannot get memory for the host tier: {cause!r}")
+            error.__cause__ = cause
+        finally:
+            self._transfer.end_part(error)
+
+    def cancel(self) -> None:
+        """The tier was closed first."""
+        self._transfer.end_part(io_error(None, "the host tier was closed"))
+
+
+def _touch(memory: torch.Tensor) -> None:
+    """Make every page of `memory` physical. Nobody uses it yet."""
+    memory[::ALIGNMENT_BYTES].zero_()
+
+
+def _shut_down(growth: _Growth, pool: SlotPool) -> None:
+    """Close everything of a tier. Must not refer to the tier: its finalizer holds this."""
+    try:
+        growth.close()
+    finally:  # also when Ctrl-C interrupts the joining
+        pool.close()

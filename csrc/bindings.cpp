@@ -18,6 +18,7 @@ namespace py = pybind11;
 using hf_tiered_cache::AppendParams;
 using hf_tiered_cache::AttentionParams;
 using hf_tiered_cache::BlockIO;
+using hf_tiered_cache::BlockView;
 using hf_tiered_cache::DType;
 using hf_tiered_cache::FinishParams;
 using hf_tiered_cache::KernelChoice;
@@ -66,14 +67,27 @@ OutputRows output_rows(const py::object& out) {
   return rows;
 }
 
+// A view of blocks as hf_tiered_cache/kernels/view.py hands it over, and what else it says.
+struct View {
+  BlockView blocks;
+  int64_t element_bytes;
+  int64_t first_token;
+};
+
+View block_view(const py::tuple& arguments) {
+  const auto n = integers<12>(arguments);
+  return {{pointer<const uint8_t>(n[0]), n[1], n[2], n[3], n[4], n[5], n[6],
+           pointer<const int32_t>(n[8]), n[9], n[10]},
+          n[7],
+          n[11]};
+}
+
 AttentionParams attention_params(int dtype, int64_t query, const py::tuple& query_shape,
-                                 const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes,
-                                 int64_t num_slots, const py::tuple& layout, int64_t table,
-                                 int64_t table_stride, int64_t num_columns, int64_t kv_tokens,
-                                 int64_t first_token, int64_t query_start, bool causal,
-                                 float scale, float softcap, int64_t starts,
-                                 const py::object& mask, const py::object& state,
-                                 const py::object& out, int num_threads) {
+                                 const py::tuple& query_stride, const py::tuple& view,
+                                 int64_t kv_tokens, int64_t query_start, bool causal, float scale,
+                                 float softcap, int64_t starts, const py::object& mask,
+                                 const py::object& state, const py::object& out,
+                                 int num_threads) {
   AttentionParams p = {};
   p.dtype = static_cast<DType>(dtype);
   p.num_threads = num_threads;
@@ -84,19 +98,10 @@ AttentionParams attention_params(int dtype, int64_t query, const py::tuple& quer
   p.queries = shape[2];
   p.query = pointer<const void>(query);
   for (int i = 0; i < 3; ++i) p.query_stride[i] = stride[i];
-  const auto sizes = integers<4>(layout);
-  p.view = {pointer<const uint8_t>(blocks),
-            slot_bytes,
-            num_slots,
-            sizes[0],
-            sizes[1],
-            sizes[2],
-            sizes[3],
-            pointer<const int32_t>(table),
-            table_stride,
-            num_columns};
+  const View seen = block_view(view);
+  p.view = seen.blocks;
+  p.first_token = seen.first_token;
   p.kv_tokens = kv_tokens;
-  p.first_token = first_token;
   p.query_start = query_start;
   p.causal = causal;
   p.scale = scale;
@@ -117,15 +122,13 @@ AttentionParams attention_params(int dtype, int64_t query, const py::tuple& quer
 template <class Run>
 auto with_params(Run run) {
   return [run](int kernel, int dtype, int64_t query, const py::tuple& query_shape,
-               const py::tuple& query_stride, int64_t blocks, int64_t slot_bytes,
-               int64_t num_slots, const py::tuple& layout, int64_t table, int64_t table_stride,
-               int64_t num_columns, int64_t kv_tokens, int64_t first_token, int64_t query_start,
-               bool causal, float scale, float softcap, int64_t starts, const py::object& mask,
-               const py::object& state, const py::object& out, int num_threads) {
-    const AttentionParams p = attention_params(
-        dtype, query, query_shape, query_stride, blocks, slot_bytes, num_slots, layout, table,
-        table_stride, num_columns, kv_tokens, first_token, query_start, causal, scale, softcap,
-        starts, mask, state, out, num_threads);
+               const py::tuple& query_stride, const py::tuple& view, int64_t kv_tokens,
+               int64_t query_start, bool causal, float scale, float softcap, int64_t starts,
+               const py::object& mask, const py::object& state, const py::object& out,
+               int num_threads) {
+    const AttentionParams p =
+        attention_params(dtype, query, query_shape, query_stride, view, kv_tokens, query_start,
+                         causal, scale, softcap, starts, mask, state, out, num_threads);
     const Kernels& chosen = kernels_numbered(kernel);
     py::gil_scoped_release unlocked;
     hf_tiered_cache::check_slots(p);
@@ -249,33 +252,26 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "append",
-      [](int64_t keys, const py::tuple& key_stride, int64_t values, const py::tuple& value_stride,
-         int64_t blocks, int64_t slot_bytes, int64_t num_slots, int64_t table,
-         int64_t table_stride, const py::tuple& sizes, int64_t block_tokens,
-         int64_t element_bytes, int64_t start_token, int num_threads) {
+      [](int64_t keys, const py::tuple& key_shape, const py::tuple& key_stride, int64_t values,
+         const py::tuple& value_stride, const py::tuple& view, int64_t start_token,
+         int num_threads) {
         AppendParams p = {};
         const auto key_strides = integers<4>(key_stride);
         const auto value_strides = integers<4>(value_stride);
-        const auto size = integers<5>(sizes);
+        const auto shape = integers<4>(key_shape);
+        const View seen = block_view(view);
         p.keys = pointer<const uint8_t>(keys);
         p.values = pointer<const uint8_t>(values);
         for (int i = 0; i < 4; ++i) {
           p.key_stride[i] = key_strides[i];
           p.value_stride[i] = value_strides[i];
         }
-        p.blocks = pointer<uint8_t>(blocks);
-        p.view.slot_bytes = slot_bytes;
-        p.view.num_slots = num_slots;
-        p.view.kv_heads = size[1];
-        p.view.block_tokens = block_tokens;
-        p.view.key_dim = size[3];
-        p.view.value_dim = size[4];
-        p.view.table = pointer<const int32_t>(table);
-        p.view.table_stride = table_stride;
-        p.batch = size[0];
-        p.tokens = size[2];
-        p.element_bytes = element_bytes;
-        p.start_token = start_token;
+        p.view = seen.blocks;
+        p.blocks = const_cast<uint8_t*>(p.view.blocks);
+        p.batch = shape[0];
+        p.tokens = shape[2];
+        p.element_bytes = seen.element_bytes;
+        p.start_token = start_token - seen.first_token;
         p.num_threads = num_threads;
         py::gil_scoped_release unlocked;
         hf_tiered_cache::append_tokens(p);

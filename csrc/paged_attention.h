@@ -82,7 +82,7 @@ struct AppendParams {
   int64_t key_stride[4];
   int64_t value_stride[4];
   uint8_t* blocks;
-  BlockView view;  // its `blocks` is not used
+  BlockView view;  // start_token counts from its column 0
   int64_t batch;
   int64_t tokens;
   int64_t element_bytes;

@@ -85,44 +85,30 @@ class Layer:
         for slot in range(num_blocks):
             self.blocks[slot] = source[slot % len(source)]
         self.table = torch.randperm(num_blocks).int()[None]
+        self.view = ops.BlockView(self.blocks, self.table, self.layout)
 
     @property
     def num_bytes(self) -> int:
         return self.table.numel() * self.layout.data_bytes
 
     def attend(self) -> ops.AttentionState:
-        return ops.paged_attention(
-            self.query,
-            self.blocks,
-            self.table,
-            self.layout,
-            kv_tokens=self.tokens,
-            scale=self.scale,
-        )
+        return ops.paged_attention(self.query, self.view, kv_tokens=self.tokens, scale=self.scale)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        ops.append_tokens(keys, values, self.blocks, self.table, self.layout, self.tokens - 1)
+        ops.append_tokens(keys, values, self.view, self.tokens - 1)
 
     def read(self) -> None:
         """The probe: read the same planes of the same blocks with the same threads."""
         kernel = loader.chosen_kernel()
         assert kernel.core is not None
-        layout = self.layout
         kernel.core.read_probe(
             kernel.number,
             ops.DTYPE_NUMBERS[self.dtype],
             self.query.data_ptr(),
             self.query.shape,
             self.query.stride(),
-            self.blocks.data_ptr(),
-            self.blocks.stride(0),
-            self.blocks.shape[0],
-            (layout.kv_heads, layout.block_tokens, layout.key_dim, layout.value_dim),
-            self.table.data_ptr(),
-            self.table.stride(0),
-            self.table.shape[1],
+            self.view.core_arguments,
             self.tokens,
-            0,
             self.tokens - 1,
             True,
             self.scale,
@@ -308,13 +294,14 @@ def bench_calls(table: benchmarking.Table) -> None:
     layout = BlockLayout(1, 16, 16, 16, torch.float32)
     blocks = torch.zeros(2, layout.num_bytes, dtype=torch.uint8)
     slots = torch.zeros(1, 1, dtype=torch.int32)
+    view = ops.BlockView(blocks, slots, layout)
     one = torch.zeros(1, 1, 1, 16)
 
     def attend() -> None:
-        ops.paged_attention(one, blocks, slots, layout, kv_tokens=1, scale=1.0)
+        ops.paged_attention(one, view, kv_tokens=1, scale=1.0)
 
     def append() -> None:
-        ops.append_tokens(one, one, blocks, slots, layout, 0)
+        ops.append_tokens(one, one, view, 0)
 
     for what, call, bar in (("paged_attention", attend, 15), ("append_tokens", append, 10)):
 

@@ -185,31 +185,15 @@ def _stream_attention(
     }
     heads_first = out.transpose(1, 2)
     with manager.lock, span("attention"):
-        slab = manager.device_tier.slab
-        slots = manager.resident_slots(snapshot.table, snapshot.num_tokens)
-        if slots is not None:
+        view = manager.resident_view(snapshot.table, snapshot.num_tokens)
+        if view is not None:
             ops.paged_attention(
-                query,
-                slab,
-                slots,
-                layout,
-                sinks=sinks,
-                out=heads_first,
-                return_lse=False,
-                **arguments,
+                query, view, sinks=sinks, out=heads_first, return_lse=False, **arguments
             )
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
         for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens):
-            ops.attend_blocks(
-                state,
-                query,
-                slab,
-                chunk.slots,
-                layout,
-                first_token=chunk.first * layout.block_tokens,
-                **arguments,
-            )
+            ops.attend_blocks(state, query, manager.view(chunk), **arguments)
         ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 

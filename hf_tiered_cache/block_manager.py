@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -71,14 +72,18 @@ class Run:
     is_resident: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Placement:
-    """Where a table's blocks are now: device slots for the kernels, and runs for the streaming."""
+    """Where a table's blocks are now: device slots for the kernels, and runs for the streaming.
+
+    Does not change; `view` is for whoever shows the slots to the kernels to keep what it made.
+    """
 
     version: int
     slots: torch.Tensor  # int32 [batch, num_blocks], -1 where cold
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
+    view: Any = None
 
 
 @dataclass(eq=False)

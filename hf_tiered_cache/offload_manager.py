@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager, Placement
 from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
 from hf_tiered_cache.kernels import checks, ops
 from hf_tiered_cache.layout import BlockLayout
@@ -130,8 +130,7 @@ class OffloadManager:
 
     def _write(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         start = table.num_tokens
-        slots = self.blocks.placement(table).slots
-        ops.append_tokens(keys, values, self.device_tier.slab, slots, self.layout, start)
+        ops.append_tokens(keys, values, self._view(self.blocks.placement(table)), start)
         if self.blocks.advance(table, keys.shape[2]):
             self._store_ahead(self._num_layers * table.batch)
 
@@ -473,17 +472,28 @@ class OffloadManager:
             else:
                 yield from self._stream_cold(table, run.first, last, scan)
 
-    def resident_slots(self, table: BlockTable, num_tokens: int) -> torch.Tensor | None:
-        """The slots of a table that is wholly resident, int32 `[batch, columns]`, in place of a
-        `stream` of one chunk; None where there are cold blocks."""
+    def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
+        """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
+        where there are cold blocks."""
         self._check_held(table)
         placement = self.blocks.placement(table)
         if len(placement.runs) != 1 or not placement.runs[0].is_resident:
             return None
         columns = self.layout.num_blocks(num_tokens)
         self.counters.resident_reads += columns * table.batch
-        slots = placement.slots
-        return slots if slots.size(1) == columns else slots[:, :columns]
+        view = self._view(placement)
+        return view if columns == table.num_blocks else self.view(Chunk(0, view.table[:, :columns]))
+
+    def view(self, chunk: Chunk) -> ops.BlockView:
+        """A chunk of `stream` as the kernels take it."""
+        first_token = chunk.first * self.layout.block_tokens
+        return ops.BlockView(self.device_tier.slab, chunk.slots, self.layout, first_token)
+
+    def _view(self, placement: Placement) -> ops.BlockView:
+        """All columns of a table; cold ones may not be touched."""
+        if placement.view is None:
+            placement.view = self.view(Chunk(0, placement.slots))
+        return placement.view
 
     def _stream_cold(
         self, table: BlockTable, first: int, last: int, scan: Sequence[BlockTable]

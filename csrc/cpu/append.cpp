@@ -23,9 +23,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
       std::to_string(view.num_slots - 1));
 }
 
-void check_columns(const BlockView& view, int64_t batch, int64_t num_columns) {
+void check_columns(const BlockView& view, int64_t batch, int64_t first, int64_t last) {
   for (int64_t sequence = 0; sequence < batch; ++sequence) {
-    for (int64_t column = 0; column < num_columns; ++column) {
+    for (int64_t column = first; column < last; ++column) {
       const int64_t slot = view.table[sequence * view.table_stride + column];
       if (slot < 0 || slot >= view.num_slots) refuse_slot(view, sequence, column);
     }
@@ -49,15 +49,14 @@ void append_item(void* context, int64_t item) {
   const int64_t kv_head = item / pieces % view.kv_heads;
   const int64_t sequence = item / pieces / view.kv_heads;
   const int64_t bytes = p.element_bytes;
-  const int64_t offset = p.start_token % view.block_tokens;
   const int64_t end = piece * kItemTokens + kItemTokens;
   const uint8_t* keys =
       p.keys + (sequence * p.key_stride[0] + kv_head * p.key_stride[1]) * bytes;
   const uint8_t* values =
       p.values + (sequence * p.value_stride[0] + kv_head * p.value_stride[1]) * bytes;
   for (int64_t token = piece * kItemTokens; token < end && token < p.tokens; ++token) {
-    const int64_t column = (offset + token) / view.block_tokens;
-    const int64_t row = kv_head * view.block_tokens + (offset + token) % view.block_tokens;
+    const int64_t column = (p.start_token + token) / view.block_tokens;
+    const int64_t row = kv_head * view.block_tokens + (p.start_token + token) % view.block_tokens;
     const int64_t slot = view.table[sequence * view.table_stride + column];
     uint8_t* block = p.blocks + slot * view.slot_bytes;
     uint8_t* value_plane = block + view.kv_heads * view.block_tokens * view.key_dim * bytes;
@@ -71,14 +70,14 @@ void append_item(void* context, int64_t item) {
 }  // namespace
 
 void check_slots(const AttentionParams& params) {
-  check_columns(params.view, params.batch, params.view.num_columns);
+  check_columns(params.view, params.batch, 0, params.view.num_columns);
 }
 
 void append_tokens(const AppendParams& params) {
   const BlockView& view = params.view;
   if (params.tokens == 0) return;
-  const int64_t offset = params.start_token % view.block_tokens;
-  check_columns(view, params.batch, divide_up(offset + params.tokens, view.block_tokens));
+  check_columns(view, params.batch, params.start_token / view.block_tokens,
+                divide_up(params.start_token + params.tokens, view.block_tokens));
   const int64_t rows = params.batch * view.kv_heads;
   const int64_t bytes = rows * params.tokens * (view.key_dim + view.value_dim) *
                         params.element_bytes;

@@ -9,34 +9,31 @@ from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels.state import RunningState
+from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
 
 def check_attention(
     query: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
+    view: BlockView,
     kv_tokens: int,
-    first_token: int,
     starts: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> None:
     """Refuse what `paged_attention` and `attend_blocks` cannot mean."""
-    shape = query.shape
-    if len(shape) != 4 or shape[3] != layout.key_dim:
-        _refuse("query", list(shape), f"[batch, heads, queries, key_dim {layout.key_dim}]")
+    layout, shape = view.layout, query.shape
+    if len(shape) != 4 or shape[3] != layout.key_dim or shape[0] != view.batch:
+        expected = f"[batch {view.batch}, heads, queries, key_dim {layout.key_dim}]"
+        _refuse("query", list(shape), expected)
     batch, heads, queries, _ = shape
     if heads % layout.kv_heads != 0 or heads == 0:
         _refuse("query heads", heads, f"a multiple of kv_heads {layout.kv_heads}")
     if query.dtype != layout.dtype and not query.is_floating_point():
         _refuse("query dtype", query.dtype, "a floating-point type")
-    _check_blocks(blocks, table, layout, batch)
+    blocks = view.blocks
     if not (query.is_cpu and blocks.is_cpu) and query.device != blocks.device:
         _refuse("query device", query.device, f"that of the blocks, {blocks.device}")
-    if first_token < 0 or first_token % layout.block_tokens != 0:
-        _refuse("first_token", first_token, f"a multiple of block_tokens {layout.block_tokens}")
     if kv_tokens < 0:
         _refuse("kv_tokens", kv_tokens, "0 or more")
     if starts is not None and (
@@ -53,30 +50,20 @@ def check_attention(
         _check_broadcast("bias", bias, batch, heads, queries, kv_tokens)
 
 
-def check_append(
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
-    start_token: int,
-    first_token: int,
-) -> None:
+def check_append(keys: Tensor, values: Tensor, view: BlockView, start_token: int) -> None:
     """Refuse what `append_tokens` cannot write."""
-    batch, tokens = table.size(0), keys.size(2) if keys.dim() == 4 else 0
-    check_new_tokens(keys, values, layout, batch)
+    check_new_tokens(keys, values, view.layout, view.batch)
+    blocks = view.blocks
     if not (keys.is_cpu and blocks.is_cpu) and keys.device != blocks.device:
         _refuse("keys device", keys.device, f"that of the blocks, {blocks.device}")
-    _check_blocks(blocks, table, layout, batch)
-    if first_token % layout.block_tokens != 0:
-        _refuse("first_token", first_token, f"a multiple of block_tokens {layout.block_tokens}")
-    if not 0 <= first_token <= start_token:
-        _refuse("start_token", start_token, f"first_token {first_token} (0 or more), or later")
-    needed = layout.num_blocks(start_token - first_token + tokens)
-    if table.size(1) < needed:
+    offset, tokens = start_token - view.first_token, keys.size(2)
+    if offset < 0:
+        _refuse("start_token", start_token, f"first_token {view.first_token}, or later")
+    needed = view.layout.num_blocks(offset + tokens)
+    if view.table.size(1) < needed:
         _refuse(
             "table num_blocks",
-            table.size(1),
+            view.table.size(1),
             f"at least {needed} for {tokens} tokens from position {start_token}",
         )
 
@@ -127,23 +114,6 @@ def check_sinks(sinks: Tensor, like: Tensor) -> None:
     """Refuse sinks that are not one per head."""
     if sinks.shape != (like.shape[1],) or sinks.device != like.device:
         _refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
-
-
-def _check_blocks(blocks: Tensor, table: Tensor, layout: BlockLayout, batch: int) -> None:
-    if blocks.dtype != torch.uint8 or blocks.dim() != 2:
-        _refuse("blocks", f"{blocks.dtype} {list(blocks.shape)}", "uint8 [slots, block bytes]")
-    if blocks.size(1) < layout.data_bytes or blocks.stride(1) != 1:
-        _refuse(
-            "blocks [slots, block bytes]",
-            f"{list(blocks.shape)} with strides {blocks.stride()}",
-            f"contiguous rows of {layout.num_bytes} bytes ({layout})",
-        )
-    if table.dtype != torch.int32 or table.dim() != 2 or table.size(0) != batch:
-        _refuse("table", f"{table.dtype} {list(table.shape)}", f"int32 [batch {batch}, num_blocks]")
-    if table.stride(1) != 1 and table.size(1) > 1:
-        _refuse("table strides", table.stride(), "a contiguous last dimension")
-    if not (table.is_cpu and blocks.is_cpu) and table.device != blocks.device:
-        _refuse("table device", table.device, f"that of the blocks, {blocks.device}")
 
 
 def _check_broadcast(

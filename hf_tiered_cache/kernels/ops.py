@@ -28,10 +28,12 @@ from hf_tiered_cache.kernels.loader import (
     use_kernel,
 )
 from hf_tiered_cache.kernels.state import AttentionState, RunningState
+from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
 __all__ = [
     "AttentionState",
+    "BlockView",
     "RunningState",
     "append_tokens",
     "attend_blocks",
@@ -49,43 +51,25 @@ DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc:
 _NO_LSE = torch.empty(0)  # its address is null
 
 
-def append_tokens(
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
-    start_token: int,
-    first_token: int = 0,
-) -> None:
+def append_tokens(keys: Tensor, values: Tensor, view: BlockView, start_token: int) -> None:
     """Write new tokens at positions start_token.. of every sequence.
 
     keys [batch, kv_heads, tokens, key_dim] and values [batch, kv_heads, tokens, value_dim], any
-    strides. blocks: uint8 [slots, layout.num_bytes]. table int32 [batch, n]: its column 0 starts
-    at position `first_token` (a multiple of block_tokens). Raises UnsupportedInputError before any
-    write.
+    strides. Raises UnsupportedInputError before any write.
     """
-    checks.check_append(keys, values, blocks, table, layout, start_token, first_token)
+    checks.check_append(keys, values, view, start_token)
     kernel = chosen_kernel()
-    column = (start_token - first_token) // layout.block_tokens
-    if kernel.core is None or not keys.is_cpu or layout.dtype not in DTYPE_NUMBERS:
-        reference.append_tokens(keys, values, blocks, table[:, column:], layout, start_token)
+    if kernel.core is None or not keys.is_cpu or view.layout.dtype not in DTYPE_NUMBERS:
+        reference.append_tokens(keys, values, view, start_token)
         return
-    batch, kv_heads, tokens, key_dim = keys.shape
     try:
         kernel.core.append(
             keys.data_ptr(),
+            keys.shape,
             keys.stride(),
             values.data_ptr(),
             values.stride(),
-            blocks.data_ptr(),
-            blocks.stride(0),
-            blocks.size(0),
-            table.data_ptr() + column * table.element_size(),
-            table.stride(0),
-            (batch, kv_heads, tokens, key_dim, layout.value_dim),
-            layout.block_tokens,
-            layout.dtype.itemsize,
+            view.core_arguments,
             start_token,
             torch.get_num_threads(),
         )
@@ -95,13 +79,10 @@ def append_tokens(
 
 def paged_attention(
     query: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
+    view: BlockView,
     *,
     kv_tokens: int,
     scale: float,
-    first_token: int = 0,
     query_start: int | None = None,
     causal: bool = True,
     starts: Tensor | None = None,
@@ -112,12 +93,10 @@ def paged_attention(
     out: Tensor | None = None,
     return_lse: bool = True,
 ) -> AttentionState:
-    """Attend the blocks of a table in one shot.
+    """Attend the blocks of a view in one shot.
 
-    query [batch, heads, queries, key_dim]: any strides, contiguous last dimension. blocks: uint8
-    [slots, layout.num_bytes]. table int32 [batch, n], rows may be strided: its column 0 starts at
-    position `first_token` (a multiple of block_tokens), its tokens end at
-    min(kv_tokens, first_token + n * block_tokens).
+    query [batch, heads, queries, key_dim]: any strides, contiguous last dimension. The view's
+    tokens end at kv_tokens, or with its last column.
 
     Query i stands at position query_start + i (default: the last ones before kv_tokens) and, if
     `causal`, attends positions up to its own. starts int32 [batch]: first attended position of
@@ -130,7 +109,8 @@ def paged_attention(
     else new in the query's dtype. The state's lse is empty unless `return_lse`. Raises
     UnsupportedInputError before anything is written.
     """
-    checks.check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
+    checks.check_attention(query, view, kv_tokens, starts, mask, bias)
+    layout = view.layout
     batch, heads, queries, _ = query.shape
     shape = (batch, heads, queries, layout.value_dim)
     if out is None:
@@ -147,12 +127,9 @@ def paged_attention(
         attend_blocks(
             state,
             query,
-            blocks,
-            table,
-            layout,
+            view,
             kv_tokens=kv_tokens,
             scale=scale,
-            first_token=first_token,
             query_start=query_start,
             causal=causal,
             starts=starts,
@@ -166,12 +143,9 @@ def paged_attention(
     _attend_compiled(
         kernel,
         query,
-        blocks,
-        table,
-        layout,
+        view,
         kv_tokens,
         scale,
-        first_token,
         query_start,
         causal,
         starts,
@@ -186,13 +160,10 @@ def paged_attention(
 def attend_blocks(
     state: RunningState,
     query: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
+    view: BlockView,
     *,
     kv_tokens: int,
     scale: float,
-    first_token: int = 0,
     query_start: int | None = None,
     causal: bool = True,
     starts: Tensor | None = None,
@@ -200,12 +171,13 @@ def attend_blocks(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Fold the blocks of a table into `state`; arguments as in `paged_attention`.
+    """Fold the blocks of a view into `state`; arguments as in `paged_attention`.
 
-    Calls over consecutive pieces of a table, in block order, followed by `finish_attention`, give
+    Calls over consecutive views of a table, in block order, followed by `finish_attention`, give
     the bits of one `paged_attention` over the whole table.
     """
-    checks.check_attention(query, blocks, table, layout, kv_tokens, first_token, starts, mask, bias)
+    checks.check_attention(query, view, kv_tokens, starts, mask, bias)
+    layout = view.layout
     checks.check_state(state, query, layout)
     if query_start is None:
         query_start = kv_tokens - query.shape[2]
@@ -214,12 +186,9 @@ def attend_blocks(
         reference.attend_blocks(
             state,
             query,
-            blocks,
-            table,
-            layout,
+            view,
             kv_tokens=kv_tokens,
             scale=scale,
-            first_token=first_token,
             query_start=query_start,
             causal=causal,
             starts=starts,
@@ -231,12 +200,9 @@ def attend_blocks(
     _attend_compiled(
         kernel,
         query,
-        blocks,
-        table,
-        layout,
+        view,
         kv_tokens,
         scale,
-        first_token,
         query_start,
         causal,
         starts,
@@ -334,12 +300,9 @@ def _runs_compiled(
 def _attend_compiled(
     kernel: Kernel,
     query: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
+    view: BlockView,
     kv_tokens: int,
     scale: float,
-    first_token: int,
     query_start: int,
     causal: bool,
     starts: Tensor | None,
@@ -353,19 +316,12 @@ def _attend_compiled(
     try:
         kernel.core.attend(
             kernel.number,
-            DTYPE_NUMBERS[layout.dtype],
+            DTYPE_NUMBERS[view.layout.dtype],
             query.data_ptr(),
             query.shape,
             query.stride(),
-            blocks.data_ptr(),
-            blocks.stride(0),
-            blocks.size(0),
-            (layout.kv_heads, layout.block_tokens, layout.key_dim, layout.value_dim),
-            table.data_ptr(),
-            table.stride(0),
-            table.size(1),
+            view.core_arguments,
             kv_tokens,
-            first_token,
             query_start,
             causal,
             scale,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.kernels.state import AttentionState, RunningState
-from hf_tiered_cache.layout import BlockLayout
+from hf_tiered_cache.kernels.view import BlockView
 
 SCORES_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time; queries are sliced to keep to it
 
@@ -23,16 +23,15 @@ SCORES_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time; queries are sli
 def append_tokens(
     keys: Tensor,
     values: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
+    view: BlockView,
     start_token: int,
 ) -> None:
     """Write new tokens at positions start_token.. into their blocks; see `ops.append_tokens`."""
-    block_keys, block_values = layout.keys(blocks), layout.values(blocks)
-    offset = start_token % layout.block_tokens
+    layout = view.layout
+    block_keys, block_values = layout.keys(view.blocks), layout.values(view.blocks)
+    column, offset = divmod(start_token - view.first_token, layout.block_tokens)
     written = 0
-    for slots in table.long().unbind(1):
+    for slots in view.table[:, column:].long().unbind(1):
         count = min(layout.block_tokens - offset, keys.shape[2] - written)
         if count <= 0:
             break
@@ -48,13 +47,10 @@ def append_tokens(
 def attend_blocks(
     state: RunningState,
     query: Tensor,
-    blocks: Tensor,
-    table: Tensor,
-    layout: BlockLayout,
+    view: BlockView,
     *,
     kv_tokens: int,
     scale: float,
-    first_token: int,
     query_start: int,
     causal: bool,
     starts: Tensor | None,
@@ -62,16 +58,17 @@ def attend_blocks(
     bias: Tensor | None,
     softcap: float | None,
 ) -> None:
-    """Fold the table's blocks into `state`, in block order; see `ops.attend_blocks`."""
+    """Fold the view's blocks into `state`, in block order; see `ops.attend_blocks`."""
+    layout = view.layout
     heads, num_queries = query.shape[1], query.shape[2]
     step = max(1, SCORES_ELEMENTS // (query.shape[0] * heads * layout.block_tokens))
-    for column, slots in enumerate(table.long().unbind(1)):
-        first = first_token + column * layout.block_tokens
+    for column, slots in enumerate(view.table.long().unbind(1)):
+        first = view.first_token + column * layout.block_tokens
         count = min(layout.block_tokens, kv_tokens - first)
         if count <= 0:
             break
-        keys = layout.keys(blocks)[slots, :, :count].to(state.acc.dtype)
-        values = layout.values(blocks)[slots, :, :count].to(state.acc.dtype)
+        keys = layout.keys(view.blocks)[slots, :, :count].to(state.acc.dtype)
+        values = layout.values(view.blocks)[slots, :, :count].to(state.acc.dtype)
         positions = torch.arange(first, first + count, device=query.device)
         for begin in range(0, num_queries, step):
             part = slice(begin, min(begin + step, num_queries))

@@ -102,9 +102,15 @@ class PagedCase:
         """`paged_attention` over the whole table."""
         arguments = {"kv_tokens": self.tokens, "scale": self.scale, **changes}
         query = arguments.pop("query", self.query)
-        table = arguments.pop("table", self.table)
-        blocks = arguments.pop("blocks", self.blocks)
-        return ops.paged_attention(query, blocks, table, self.layout, **arguments)
+        names = ("blocks", "table", "first_token")
+        view = self.view(**{name: arguments.pop(name) for name in names if name in arguments})
+        return ops.paged_attention(query, view, **arguments)
+
+    def view(self, **changes: object) -> ops.BlockView:
+        """The whole table."""
+        return ops.BlockView(
+            **{"blocks": self.blocks, "table": self.table, "layout": self.layout, **changes}
+        )
 
     def attend_in_pieces(self, sizes: list[int], **changes: object) -> ops.RunningState:
         """`attend_blocks` over consecutive pieces of the table, `sizes` blocks each."""
@@ -112,15 +118,9 @@ class PagedCase:
         state = ops.RunningState.begin(self.query, self.value_dim)
         column = 0
         for size in sizes:
-            ops.attend_blocks(
-                state,
-                self.query,
-                self.blocks,
-                self.table[:, column : column + size],
-                self.layout,
-                first_token=column * self.block_tokens,
-                **arguments,
-            )
+            piece = self.table[:, column : column + size]
+            view = self.view(table=piece, first_token=column * self.block_tokens)
+            ops.attend_blocks(state, self.query, view, **arguments)
             column += size
         return state
 

@@ -27,7 +27,7 @@ def written(
             slot = int(table[sequence, column])
             expected_keys[slot, :, inside] = keys[sequence, :, token]
             expected_values[slot, :, inside] = values[sequence, :, token]
-    ops.append_tokens(keys, values, blocks, table, layout, start, first)
+    ops.append_tokens(keys, values, ops.BlockView(blocks, table, layout, first), start)
     return blocks, expected
 
 
@@ -76,9 +76,7 @@ def test_what_is_appended_is_what_is_attended(make_case, kernel):
         ops.append_tokens(
             case.keys[:, :, start:stop],
             case.values[:, :, start:stop],
-            blocks,
-            case.table,
-            case.layout,
+            ops.BlockView(blocks, case.table, case.layout),
             start,
         )
     assert torch.equal(case.attend(blocks=blocks).out, case.attend().out)

@@ -117,9 +117,7 @@ def test_bad_state_is_refused(make_case, kernel):
     for other in (make_case(batch=2), make_case(value_dim=32), make_case(queries=2)):
         state = ops.RunningState.begin(other.query, other.value_dim)
         with pytest.raises(UnsupportedInputError, match=r"state: got .*expected"):
-            ops.attend_blocks(
-                state, case.query, case.blocks, case.table, case.layout, kv_tokens=60, scale=1.0
-            )
+            ops.attend_blocks(state, case.query, case.view(), kv_tokens=60, scale=1.0)
 
 
 BAD_APPENDS = {
@@ -147,6 +145,7 @@ def test_bad_append_writes_nothing(kernel, name):
         "start_token": 3,
     }
     arguments = BAD_APPENDS[name](arguments)
+    table = arguments.pop("table")
     with pytest.raises(UnsupportedInputError, match=r"got .*expected"):
-        ops.append_tokens(blocks=blocks, layout=layout, **arguments)
+        ops.append_tokens(view=ops.BlockView(blocks, table, layout), **arguments)
     assert (blocks == 0).all()

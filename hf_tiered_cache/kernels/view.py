@@ -1,0 +1,73 @@
+"""`BlockView`: the blocks of a table as the kernels see them, checked once, attended many times."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.layout import BlockLayout
+
+
+@dataclass(frozen=True, eq=False)
+class BlockView:
+    """Consecutive blocks of every sequence, in the slots of a slab.
+
+    blocks: uint8 [slots, layout.num_bytes]. table: int32 [batch, n], rows may be strided; its
+    column 0 starts at position `first_token` (a multiple of block_tokens). Raises
+    UnsupportedInputError for anything else. Both tensors must keep their memory as long as the
+    view is used; slots are checked where they are read.
+    """
+
+    blocks: Tensor
+    table: Tensor
+    layout: BlockLayout
+    first_token: int = 0
+    batch: int = field(init=False)
+    # For the compiled core: the order is that of `block_view` in csrc/bindings.cpp.
+    core_arguments: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        blocks, table, layout = self.blocks, self.table, self.layout
+        object.__setattr__(self, "batch", table.size(0))
+        core_arguments = (
+            blocks.data_ptr(),
+            blocks.stride(0),
+            blocks.size(0),
+            layout.kv_heads,
+            layout.block_tokens,
+            layout.key_dim,
+            layout.value_dim,
+            layout.dtype.itemsize,
+            table.data_ptr(),
+            table.stride(0),
+            table.size(1),
+            self.first_token,
+        )
+        object.__setattr__(self, "core_arguments", core_arguments)
+
+    def _check(self) -> None:
+        blocks, table, layout = self.blocks, self.table, self.layout
+        if blocks.dtype != torch.uint8 or blocks.dim() != 2:
+            _refuse("blocks", f"{blocks.dtype} {list(blocks.shape)}", "uint8 [slots, block bytes]")
+        if blocks.size(1) < layout.data_bytes or blocks.stride(1) != 1:
+            _refuse(
+                "blocks [slots, block bytes]",
+                f"{list(blocks.shape)} with strides {blocks.stride()}",
+                f"contiguous rows of {layout.num_bytes} bytes ({layout})",
+            )
+        if table.dtype != torch.int32 or table.dim() != 2:
+            _refuse("table", f"{table.dtype} {list(table.shape)}", "int32 [batch, num_blocks]")
+        if table.stride(1) != 1 and table.size(1) > 1:
+            _refuse("table strides", table.stride(), "a contiguous last dimension")
+        if table.device != blocks.device:
+            _refuse("table device", table.device, f"that of the blocks, {blocks.device}")
+        if self.first_token < 0 or self.first_token % layout.block_tokens != 0:
+            _refuse(
+                "first_token", self.first_token, f"a multiple of block_tokens {layout.block_tokens}"
+            )
+
+
+def _refuse(what: str, got: object, expected: object) -> None:
+    raise UnsupportedInputError(f"{what}: got {got}, expected {expected}")

@@ -31,11 +31,9 @@ from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
-import plots
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed, tqdm
-from scoring import BlockShape, block_shape
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -50,6 +48,8 @@ from hf_tiered_cache.offload_manager import OffloadManager
 
 import benchmarking
 import corpora
+import plots
+from scoring import BlockShape, block_shape
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 TASKS = ("needle", "keys", "variables")

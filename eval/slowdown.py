@@ -22,10 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
-import plots
 import torch
 from safetensors.torch import load_file, save_file
-from scoring import block_shape
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +40,8 @@ from hf_tiered_cache import TieredCache
 
 import benchmarking
 import corpora
+import plots
+from scoring import block_shape
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json, and the same with fewer layers

@@ -49,7 +49,7 @@ class TieredCache(DynamicCache):
     Args:
         config: the model's config; optional. With it windowed and hybrid layers get the cache
             they need, and a budget that is too small is found at the first token.
-        device_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes: see
+        device_bytes, host_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes: see
             `TieredCacheConfig`; sizes are int bytes, "4GiB", "1.5GB" or "auto".
         tiers: all of these as one `TieredCacheConfig` instead.
 

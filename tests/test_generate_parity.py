@@ -10,11 +10,10 @@ from statistics import fmean, geometric_mean
 import pytest
 import torch
 import transformers
-from support import double_copy, sharpen
+from support import double_copy, lose_cold_blocks, sharpen
 from transformers import DynamicCache
 
 from hf_tiered_cache.errors import OutOfBlocksError
-from hf_tiered_cache.offload_manager import OffloadManager
 
 SIZES = {
     "hidden_size": 32,
@@ -121,14 +120,7 @@ def test_the_oracle_would_notice_lost_blocks(make_cache, monkeypatch, family):
     """Were the cold blocks left out, other tokens would come."""
     model = tiny_model(family)
     expected, _ = run(model, DynamicCache())
-    whole = OffloadManager.stream
-
-    def only_resident(self, table, scan, num_tokens=None):
-        cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
-        chunks = [c for c in whole(self, table, scan, num_tokens) if c.first not in cold]
-        return iter(chunks)
-
-    monkeypatch.setattr(OffloadManager, "stream", only_resident)
+    lose_cold_blocks(monkeypatch)
     tokens, _ = run(model, make_cache(model.config, SMALLEST[1]))
     assert not torch.equal(tokens, expected)
 

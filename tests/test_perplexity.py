@@ -14,9 +14,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from support import lose_cold_blocks
 from transformers import AutoTokenizer
-
-from hf_tiered_cache.offload_manager import OffloadManager
 
 import corpora
 import documents
@@ -128,14 +127,7 @@ def test_the_files_say_what_was_run_and_where(measured, results):
 
 def test_a_cache_that_loses_blocks_is_noticed(monkeypatch, tmp_path, capsys):
     """Were the cold blocks left out, losses and bits would change and the command would fail."""
-    whole = OffloadManager.stream
-
-    def only_resident(self, table, scan, num_tokens=None):
-        cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
-        chunks = [c for c in whole(self, table, scan, num_tokens) if c.first not in cold]
-        return iter(chunks)
-
-    monkeypatch.setattr(OffloadManager, "stream", only_resident)
+    lose_cold_blocks(monkeypatch)
     options = ("--contexts", str(CONTEXT), "--off-device", "0.8", "--documents", "1")
     code = perplexity.main([*SMALL, *options, "--output", str(tmp_path)])
     assert code == 1

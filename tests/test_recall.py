@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import recall
-
-from hf_tiered_cache.offload_manager import OffloadManager
+from support import lose_cold_blocks
 
 import corpora
 
@@ -38,12 +37,7 @@ def test_facts_on_disk_are_recalled_and_dropped_ones_are_not(tmp_path):
 
 
 def test_a_cache_that_loses_blocks_fails(tmp_path, monkeypatch):
-    whole = OffloadManager.stream
-
-    def newest_only(self, table, scan, num_tokens=None):
-        return iter(list(whole(self, table, scan, num_tokens))[-1:])
-
-    monkeypatch.setattr(OffloadManager, "stream", newest_only)
+    lose_cold_blocks(monkeypatch)
     code, results = run(tmp_path, "--tasks", "needle")
     assert code == 1
     assert not all(cell["identical"] for cell in results["cells"])

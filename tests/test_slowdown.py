@@ -4,8 +4,7 @@ import json
 
 import pytest
 import slowdown
-
-from hf_tiered_cache.offload_manager import OffloadManager
+from support import lose_cold_blocks
 
 QUICK = ["--contexts", "700", "--rounds", "1", "--new-tokens", "3", "--chunk", "256"]
 
@@ -37,13 +36,7 @@ def test_the_table_has_every_side_and_all_tokens_are_identical(monkeypatch, tmp_
 
 
 def test_other_tokens_are_told_and_fail(monkeypatch, tmp_path, capsys):
-    whole = OffloadManager.stream
-
-    def newest_only(self, table, scan, num_tokens=None):
-        chunks = list(whole(self, table, scan, num_tokens))
-        return iter(chunks[-1:])
-
-    monkeypatch.setattr(OffloadManager, "stream", newest_only)
+    lose_cold_blocks(monkeypatch)
     with pytest.raises(SystemExit, match="differ"):
         run(monkeypatch, tmp_path, "--shares", "0.5", "--no-reload")
     assert "TOKENS DIFFER" in capsys.readouterr().out

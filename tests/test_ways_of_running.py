@@ -82,6 +82,20 @@ def test_training_through_the_cache_is_refused_or_goes_without_it(make_cache, mo
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow  # torch compiles C++ for it
+def test_flex_attention_keeps_its_name_and_the_tokens(make_cache, model):
+    """Its block masks are no tensors: prefill goes to torch's own function, densely."""
+    model.set_attn_implementation("flex_attention")
+    try:
+        expected, _ = run(model, DynamicCache())
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        pytest.skip(f"torch cannot compile flex attention here: {error}")
+    cache = make_cache(model.config, SMALLEST[1])
+    tokens, _ = run(model, cache)
+    assert torch.equal(tokens, expected)
+    assert cache.stats().counters.cold_reads > 0
+
+
 def test_eager_attention_gives_its_weights(make_cache, model):
     model.set_attn_implementation("eager")
     how = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 5}

@@ -505,8 +505,8 @@ def watching() -> Iterator[set[Way]]:
     def by_kernel(*args: Any, **kwargs: Any) -> Way:
         return KERNEL, ""
 
-    def by_chunks(state, query, blocks, table, layout, **kwargs: Any) -> Way:
-        reasons = ops.not_supported_reasons(query, layout, bias=kwargs.get("bias"))
+    def by_chunks(state, query, view, **kwargs: Any) -> Way:
+        reasons = ops.not_supported_reasons(query, view.layout, bias=kwargs.get("bias"))
         return CHUNKS, ", ".join(reasons)
 
     def made_dense(*args: Any) -> Way:

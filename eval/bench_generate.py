@@ -57,11 +57,11 @@ def bench(
 ) -> None:
     """One row: both caches continue the same context, in turn."""
     caches = (TieredCache(device_bytes="4GiB", disk_bytes=0), DynamicCache())
-    fill(caches, context, model.dtype)
+    fill(caches, model, context)
     prompt = torch.randint(0, CONFIG.vocab_size, (1, context + 1))
     tiered, dynamic = benchmarking.paired(
-        lambda: decode_seconds(model, caches[0], prompt, arguments.new_tokens),
-        lambda: decode_seconds(model, caches[1], prompt, arguments.new_tokens),
+        lambda: decode(model, caches[0], prompt, arguments.new_tokens)[1],
+        lambda: decode(model, caches[1], prompt, arguments.new_tokens)[1],
         rounds=arguments.rounds,
         warmup=1,
     )
@@ -77,23 +77,24 @@ def bench(
     caches[0].close()
 
 
-def fill(caches: tuple[Cache, ...], context: int, dtype: torch.dtype) -> None:
+def fill(caches: tuple[Cache, ...], model: torch.nn.Module, context: int) -> None:
     """Write the same random keys and values of `context` tokens into every layer of each cache."""
-    head_dim = CONFIG.hidden_size // CONFIG.num_attention_heads
-    for layer in range(CONFIG.num_hidden_layers):
-        keys, values = torch.randn(
-            2, 1, CONFIG.num_key_value_heads, context, head_dim, dtype=dtype
-        ).unbind(0)
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    shape = (2, 1, config.num_key_value_heads, context, head_dim)
+    for layer in range(config.num_hidden_layers):
+        keys, values = torch.randn(shape, dtype=model.dtype, device=model.device).unbind(0)
         for cache in caches:
             cache.update(keys, values, layer)
 
 
-def decode_seconds(
+def decode(
     model: torch.nn.Module, cache: Cache, prompt: torch.Tensor, new_tokens: int
-) -> float:
-    """Seconds for `new_tokens` greedy tokens behind the cached context, which is left as it was."""
+) -> tuple[list[int], float]:
+    """`new_tokens` greedy tokens behind the cached context, which is left as it was, and the
+    seconds they took. The cache holds all of `prompt` [1, tokens] but its last token."""
     start = perf_counter()
-    model.generate(
+    tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         past_key_values=cache,
@@ -104,7 +105,7 @@ def decode_seconds(
     )
     seconds = perf_counter() - start
     cache.crop(-new_tokens)
-    return seconds
+    return tokens[0, prompt.shape[1] :].tolist(), seconds
 
 
 def parse_arguments() -> argparse.Namespace:

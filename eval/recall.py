@@ -23,13 +23,11 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -44,11 +42,11 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache
-from hf_tiered_cache.offload_manager import OffloadManager
 
 import benchmarking
 import corpora
 import plots
+from losing import without_cold_blocks
 from scoring import BlockShape, block_shape
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
@@ -217,21 +215,6 @@ def is_right(tokenizer: Any, tokens: torch.Tensor, ids: torch.Tensor, question: 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-
-
-@contextmanager
-def without_cold_blocks() -> Iterator[None]:
-    """Let attention miss what is not on the device, as a cache that loses blocks would."""
-    stream = OffloadManager.stream
-
-    def resident_only(self, table, scan, num_tokens=None):
-        is_cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
-        for chunk in stream(self, table, scan, num_tokens):
-            if chunk.first not in is_cold:
-                yield chunk
-
-    with patch.object(OffloadManager, "stream", resident_only):
-        yield
 
 
 def report(answers: list[Answer], arguments: argparse.Namespace) -> bool:

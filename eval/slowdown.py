@@ -20,8 +20,8 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 
+import bench_generate
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -31,7 +31,6 @@ from transformers import (
     Cache,
     DynamicCache,
     PreTrainedModel,
-    Qwen2Config,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
@@ -44,20 +43,7 @@ import plots
 from scoring import block_shape
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
-# https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json, and the same with fewer layers
-QWEN = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 1 << 20,
-    "tie_word_embeddings": True,
-}
-SHAPES = {
-    "qwen2.5-0.5b": {**QWEN, "num_hidden_layers": 24},
-    "qwen2.5-0.5b-6-layers": {**QWEN, "num_hidden_layers": 6},
-}
+SHAPES = {"qwen2.5-0.5b": bench_generate.CONFIG}
 DYNAMIC, RELOADING, OFFLOADED = "DynamicCache", "re-reading layers", "DynamicCache, offloaded"
 
 
@@ -120,7 +106,7 @@ def main() -> None:
 def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, torch.Tensor | None]:
     """The model, and the ids `[1, tokens]` of a text to read; None where it is random."""
     if arguments.shape:
-        config = Qwen2Config(**SHAPES[arguments.shape])
+        config = SHAPES[arguments.shape]
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype))
         return model.eval().to(arguments.device), None
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
@@ -155,10 +141,7 @@ def bench_context(
     tokens: dict[str, list[int]] = {}
 
     def timed(name: str) -> float:
-        start = perf_counter()
-        tokens[name] = decode(model, sides[name], ids, arguments.new_tokens)
-        seconds = perf_counter() - start
-        sides[name].crop(-arguments.new_tokens)
+        tokens[name], seconds = bench_generate.decode(model, sides[name], ids, arguments.new_tokens)
         return seconds / arguments.new_tokens
 
     samples = benchmarking.paired(
@@ -193,7 +176,7 @@ def make_sides(
     context = ids.shape[1] - 1
     dynamic = DynamicCache(config=model.config)
     if arguments.shape:
-        fill_randomly(dynamic, model, context)
+        bench_generate.fill((dynamic,), model, context)
     else:
         for chunk in tqdm(ids[:, :context].split(arguments.chunk, 1), "prefill", leave=False):
             model(chunk, past_key_values=dynamic, logits_to_keep=1)
@@ -224,33 +207,6 @@ def make_sides(
             offloaded.update(layer.keys, layer.values, index)
         sides[OFFLOADED] = offloaded
     return sides
-
-
-def fill_randomly(cache: Cache, model: PreTrainedModel, context: int) -> None:
-    config = model.config
-    shape = (2, 1, config.num_key_value_heads, context)
-    for index in range(config.num_hidden_layers):
-        states = torch.randn(
-            *shape,
-            config.hidden_size // config.num_attention_heads,
-            dtype=model.dtype,
-            device=model.device,
-        )
-        cache.update(*states.unbind(0), index)
-
-
-def decode(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, new_tokens: int) -> list[int]:
-    """Greedy tokens behind the context, which the cache holds but for its last token."""
-    tokens = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return tokens[0, ids.shape[1] :].tolist()
 
 
 def off_device(cache: Cache) -> float | None:

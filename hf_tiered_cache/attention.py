@@ -74,7 +74,8 @@ def tiered_attention_forward(
 
     What the blocks cannot answer (attention weights, dropout, dense tensors) is computed densely.
     """
-    return _attend(_dense_attention, module, query, key, value, attention_mask, **kwargs)
+    attend = _attend_uncompiled if torch.compiler.is_compiling() else _attend
+    return attend(_dense_attention, module, query, key, value, attention_mask, **kwargs)
 
 
 def _attend(
@@ -93,21 +94,6 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Chunk by chunk where the blocks can answer, else `dense` on dense tensors."""
-    if torch.compiler.is_compiling():
-        return _attend_uncompiled(
-            dense,
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            softcap=softcap,
-            s_aux=s_aux,
-            position_bias=position_bias,
-            **kwargs,
-        )
     if isinstance(key, PagedStates):
         key.snapshot.check_reader(getattr(module, "config", None))
     if not _can_stream(query, key, value, attention_mask, module, kwargs):
@@ -250,7 +236,8 @@ def _wrap(name: str, original: AttentionFunction) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(key, PagedStates):
-            return _attend(dense, module, query, key, value, attention_mask, **kwargs)
+            attend = _attend_uncompiled if torch.compiler.is_compiling() else _attend
+            return attend(dense, module, query, key, value, attention_mask, **kwargs)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return attention_forward

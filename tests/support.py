@@ -227,15 +227,3 @@ def sharpen(model: torch.nn.Module, factor: float = 4.0) -> torch.nn.Module:
 def double_copy(model: torch.nn.Module) -> Any:
     """The same model in float64."""
     return copy.deepcopy(model).double()
-
-
-def lose_cold_blocks(monkeypatch: Any) -> None:
-    """Break the package: attention misses what is not on the device. For proving oracles."""
-    whole = OffloadManager.stream
-
-    def resident_only(self, table, scan, num_tokens=None):
-        cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
-        chunks = [c for c in whole(self, table, scan, num_tokens) if c.first not in cold]
-        return iter(chunks)
-
-    monkeypatch.setattr(OffloadManager, "stream", resident_only)

@@ -10,10 +10,12 @@ from statistics import fmean, geometric_mean
 import pytest
 import torch
 import transformers
-from support import double_copy, lose_cold_blocks, sharpen
+from support import double_copy, sharpen
 from transformers import DynamicCache
 
 from hf_tiered_cache.errors import OutOfBlocksError
+
+from losing import without_cold_blocks
 
 SIZES = {
     "hidden_size": 32,
@@ -116,12 +118,12 @@ def test_tokens_are_those_of_a_dynamic_cache_and_bits_do_not_depend_on_budgets(
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
-def test_the_oracle_would_notice_lost_blocks(make_cache, monkeypatch, family):
+def test_the_oracle_would_notice_lost_blocks(make_cache, family):
     """Were the cold blocks left out, other tokens would come."""
     model = tiny_model(family)
     expected, _ = run(model, DynamicCache())
-    lose_cold_blocks(monkeypatch)
-    tokens, _ = run(model, make_cache(model.config, SMALLEST[1]))
+    with without_cold_blocks():
+        tokens, _ = run(model, make_cache(model.config, SMALLEST[1]))
     assert not torch.equal(tokens, expected)
 
 

@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
-from support import lose_cold_blocks
 from transformers import AutoTokenizer
 
 import corpora
@@ -23,6 +22,7 @@ import parity
 import perplexity
 import scoring
 from documents import DataError, Document, HubDataset, Text
+from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 CONTEXT, DECODED, NEW_TOKENS = 384, 12, 6
@@ -125,11 +125,11 @@ def test_the_files_say_what_was_run_and_where(measured, results):
     assert list((measured / "disk").iterdir()) == []
 
 
-def test_a_cache_that_loses_blocks_is_noticed(monkeypatch, tmp_path, capsys):
+def test_a_cache_that_loses_blocks_is_noticed(tmp_path, capsys):
     """Were the cold blocks left out, losses and bits would change and the command would fail."""
-    lose_cold_blocks(monkeypatch)
     options = ("--contexts", str(CONTEXT), "--off-device", "0.8", "--documents", "1")
-    code = perplexity.main([*SMALL, *options, "--output", str(tmp_path)])
+    with without_cold_blocks():
+        code = perplexity.main([*SMALL, *options, "--output", str(tmp_path)])
     assert code == 1
     assert "MISSED" in capsys.readouterr().out
     _, resident, cold = json.loads((tmp_path / "perplexity.json").read_text())["rows"]

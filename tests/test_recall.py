@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import recall
-from support import lose_cold_blocks
 
 import corpora
+from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--lengths", "500", "--depths", "0.1", "0.9", "--samples", "1", "--block-tokens", "16"]
@@ -36,9 +36,9 @@ def test_facts_on_disk_are_recalled_and_dropped_ones_are_not(tmp_path):
     assert "| needle | 500 | 0.10 | 100% |" in (tmp_path / "results" / "recall.md").read_text()
 
 
-def test_a_cache_that_loses_blocks_fails(tmp_path, monkeypatch):
-    lose_cold_blocks(monkeypatch)
-    code, results = run(tmp_path, "--tasks", "needle")
+def test_a_cache_that_loses_blocks_fails(tmp_path):
+    with without_cold_blocks():
+        code, results = run(tmp_path, "--tasks", "needle")
     assert code == 1
     assert not all(cell["identical"] for cell in results["cells"])
 

@@ -1,10 +1,12 @@
 """eval/slowdown.py: every side continues alike, and is timed; a side that does not is told."""
 
+import copy
 import json
 
 import pytest
 import slowdown
-from support import lose_cold_blocks
+
+from losing import without_cold_blocks
 
 QUICK = ["--contexts", "700", "--rounds", "1", "--new-tokens", "3", "--chunk", "256"]
 
@@ -36,14 +38,15 @@ def test_the_table_has_every_side_and_all_tokens_are_identical(monkeypatch, tmp_
 
 
 def test_other_tokens_are_told_and_fail(monkeypatch, tmp_path, capsys):
-    lose_cold_blocks(monkeypatch)
-    with pytest.raises(SystemExit, match="differ"):
+    with without_cold_blocks(), pytest.raises(SystemExit, match="differ"):
         run(monkeypatch, tmp_path, "--shares", "0.5", "--no-reload")
     assert "TOKENS DIFFER" in capsys.readouterr().out
 
 
 def test_a_random_model_of_a_known_shape(monkeypatch, tmp_path):
-    tiny = {**slowdown.QWEN, "num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 64}
+    tiny = copy.deepcopy(slowdown.SHAPES["qwen2.5-0.5b"])
+    tiny.update({"num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 64})
+    tiny.layer_types = tiny.layer_types[:1]
     monkeypatch.setitem(slowdown.SHAPES, "qwen2.5-0.5b", tiny)
     run(monkeypatch, tmp_path, "--shape", "qwen2.5-0.5b", "--shares", "0", "--no-reload")
 

@@ -129,6 +129,21 @@ void ScoreTokens(const Element<kType>* keys, int64_t key_dim, int64_t tokens, co
   }
 }
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// What `make` gives for a number of rows from 1 to kMax, known to it at compile time; else null.
+template <int kMax, class Function, class Make>
+Function SelectRows(int64_t rows, const Make& make) {
+  if constexpr (kMax == 0) {
+    return nullptr;
+  } else {
+    return rows == kMax ? make(Constant<kMax>{}) : SelectRows<kMax - 1, Function>(rows, make);
+  }
+}
+
 constexpr int kMaxScoreRows = kLanes < 8 ? kLanes : 8;
 
 template <DType kType>
@@ -138,21 +153,8 @@ using ScoreFunction = void (*)(const Element<kType>* keys, int64_t key_dim, int6
 
 template <DType kType>
 ScoreFunction<kType> SelectScore(int64_t rows) {
-#define HTC_CASE(n) \
-  case n:           \
-    if constexpr (n <= kMaxScoreRows) return ScoreTokens<kType, n>;
-  switch (rows) {
-    HTC_CASE(1)
-    HTC_CASE(2)
-    HTC_CASE(3)
-    HTC_CASE(4)
-    HTC_CASE(5)
-    HTC_CASE(6)
-    HTC_CASE(7)
-    HTC_CASE(8)
-  }
-#undef HTC_CASE
-  return nullptr;
+  return SelectRows<kMaxScoreRows, ScoreFunction<kType>>(
+      rows, [](auto n) -> ScoreFunction<kType> { return ScoreTokens<kType, n.value>; });
 }
 
 // ---- weighted values of one block ---------------------------------------------------------------
@@ -238,23 +240,11 @@ using AddFunction = void (*)(const Element<kType>* values, int64_t value_dim, in
 
 template <DType kType, int kChunks>
 AddFunction<kType> SelectAdd(int64_t rows, bool has_tail) {
-#define HTC_CASE(n)                                                                            \
-  case n:                                                                                      \
-    if constexpr (n <= MaxValueRows(kChunks)) {                                                \
-      return has_tail ? AddValues<kType, n, kChunks, true> : AddValues<kType, n, kChunks, false>; \
-    }
-  switch (rows) {
-    HTC_CASE(1)
-    HTC_CASE(2)
-    HTC_CASE(3)
-    HTC_CASE(4)
-    HTC_CASE(5)
-    HTC_CASE(6)
-    HTC_CASE(7)
-    HTC_CASE(8)
-  }
-#undef HTC_CASE
-  return nullptr;
+  return SelectRows<MaxValueRows(kChunks), AddFunction<kType>>(
+      rows, [has_tail](auto n) -> AddFunction<kType> {
+        return has_tail ? AddValues<kType, n.value, kChunks, true>
+                        : AddValues<kType, n.value, kChunks, false>;
+      });
 }
 
 template <DType kType>

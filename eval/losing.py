@@ -1,0 +1,22 @@
+"""A cache that loses what is not on the device: for measurements that must be able to see it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from hf_tiered_cache.offload_manager import OffloadManager
+
+
+@contextmanager
+def without_cold_blocks() -> Iterator[None]:
+    """Let attention miss what is not on the device, as a cache that loses blocks would."""
+    stream = OffloadManager.stream
+
+    def resident_only(self, table, scan, num_tokens=None):
+        is_cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
+        for chunk in stream(self, table, scan, num_tokens):
+            if chunk.first not in is_cold:
+                yield chunk
+
+    with patch.object(OffloadManager, "stream", resident_only):
+        yield

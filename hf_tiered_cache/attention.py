@@ -13,6 +13,8 @@ transformers' signatures as of 5.17 to 5.23 (`modeling_utils.AttentionInterface`
 """
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -178,8 +180,11 @@ def _stream_attention(
             )
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
-        for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens):
+        beside = manager.attend_beside(snapshot.table, query, arguments)
+        for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
             ops.attend_blocks(state, query, manager.view(chunk), **arguments)
+        if beside:
+            manager.join_beside(state)
         ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 
@@ -278,7 +283,33 @@ def _can_stream(
 
 def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """A 2-D padding mask as (starts, mask): left padding as the first attended position of each
-    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`."""
+    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`.
+
+    All layers of a forward bring the same mask, and to look into it waits for the device: the last
+    answer is kept.
+    """
+    if mask.is_inference():  # these do not count their changes
+        return _read_padding(mask)
+    if _seen_padding.mask is None or _seen_padding.mask() is not mask:
+        _seen_padding.mask = weakref.ref(mask)
+    elif _seen_padding.version == mask._version:
+        return _seen_padding.answer
+    _seen_padding.version, _seen_padding.answer = mask._version, _read_padding(mask)
+    return _seen_padding.answer
+
+
+class _SeenPadding(threading.local):
+    """The padding mask that this thread saw last."""
+
+    mask: weakref.ref[torch.Tensor] | None = None
+    version = -1
+    answer: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+
+_seen_padding = _SeenPadding()
+
+
+def _read_padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     mask = mask.bool()
     starts = mask.int().argmax(dim=1)
     if bool((mask.sum(dim=1) == mask.shape[1] - starts).all()):

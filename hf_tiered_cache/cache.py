@@ -49,8 +49,8 @@ class TieredCache(DynamicCache):
     Args:
         config: the model's config; optional. With it windowed and hybrid layers get the cache
             they need, and a budget that is too small is found at the first token.
-        device_bytes, host_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes: see
-            `TieredCacheConfig`; sizes are int bytes, "4GiB", "1.5GB" or "auto".
+        device_bytes, host_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes,
+            cpu_share: see `TieredCacheConfig`; sizes are int bytes, "4GiB", "1.5GB" or "auto".
         tiers: all of these as one `TieredCacheConfig` instead.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
@@ -374,6 +374,7 @@ class TieredCache(DynamicCache):
             cold_blocks=sum(manager.num_cold_blocks() for manager in pool.managers),
             kernel=ops.backend(),
             tiers=pool.tier_stats(),
+            lanes=pool.lane_stats(),
             counters=pool.counters(),
         )
 

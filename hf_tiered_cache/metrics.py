@@ -18,6 +18,7 @@ class Counters:
     """Running totals of one offload manager."""
 
     resident_reads: int = 0  # blocks attended where they lay
+    in_place_reads: int = 0  # blocks attended in host memory
     cold_reads: int = 0  # blocks attended after a load into staging
     loads: int = 0  # blocks read from a lower tier, prefetched ones that were not used included
     stores: int = 0  # blocks written one tier down, once for each they go
@@ -37,6 +38,49 @@ class Counters:
             yield
         finally:
             setattr(self, name, getattr(self, name) + perf_counter() - start)
+
+
+@dataclass
+class LaneCounters:
+    """Running totals of one lane: the way of blocks in host memory to attention."""
+
+    moved_bytes: int = 0  # carried to the device, or attended by the CPU
+    busy_seconds: float = 0.0  # the lane was at work
+    wait_seconds: float = 0.0  # the device stood still for it
+    probed_rate: float = 0.0  # bytes per second, from a short probe at the start
+
+    def add_busy(self, seconds: float) -> None:
+        """The lane was at work for so long."""
+        self.busy_seconds += seconds
+
+
+@dataclass(frozen=True)
+class LaneStats:
+    """One lane at one moment; `share` of the host's blocks are its own now."""
+
+    name: str
+    share: float
+    moved_bytes: int
+    busy_seconds: float
+    wait_seconds: float
+    probed_rate: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second while it was at work; 0 before."""
+        return self.moved_bytes / self.busy_seconds if self.busy_seconds else 0.0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.name}: {self.share:.0%} of the host's blocks, {format_bytes(self.moved_bytes)}"
+            f" at {format_bytes(self.rate)}/s, the device waited {self.wait_seconds:.2f} s"
+        )
+        if self.probed_rate:
+            text += (
+                f" ({self.rate / self.probed_rate:.0%} of the {format_bytes(self.probed_rate)}/s"
+                " measured)"
+            )
+        return text
 
 
 @dataclass(frozen=True)
@@ -64,13 +108,15 @@ class CacheStats:
     cold_blocks: int  # blocks with no copy on the device
     kernel: str
     tiers: tuple[TierStats, ...] = ()
+    lanes: tuple[LaneStats, ...] = ()  # of devices other than the CPU
     counters: Counters = field(default_factory=Counters)
 
     @property
     def hit_share(self) -> float:
         """Share of the attended blocks that were resident; 1.0 before anything was attended."""
-        reads = self.counters.resident_reads + self.counters.cold_reads
-        return self.counters.resident_reads / reads if reads else 1.0
+        count = self.counters
+        reads = count.resident_reads + count.in_place_reads + count.cold_reads
+        return count.resident_reads / reads if reads else 1.0
 
     def __str__(self) -> str:
         rows = [("tier", "where", "blocks", "used", "peak", "budget")]
@@ -98,6 +144,7 @@ class CacheStats:
                 cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             lines.append(f"  {left}  {right}")
+        lines += [f"  {lane}" for lane in self.lanes]
         count = self.counters
         lines.append(
             f"  loads {count.loads:,} ({format_bytes(count.loaded_bytes)}), waited "

@@ -183,11 +183,14 @@ def test_one_append_that_fits_exactly_goes_in_and_one_more_block_changes_nothing
     host_blocks=st.integers(1, 8),
     disk_blocks=st.sampled_from([0, 2, 5, 1000]),
     staging=st.integers(2, 7),
+    cpu_share=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_random_walk_over_three_rungs(
-    tmp_path, steps, batch, num_layers, device_blocks, host_blocks, disk_blocks, staging
+    tmp_path, steps, batch, num_layers, device_blocks, host_blocks, disk_blocks, staging, cpu_share
 ):
-    manager = make_manager(tmp_path, device_blocks, disk_blocks, staging, host_blocks=host_blocks)
+    manager = make_manager(
+        tmp_path, device_blocks, disk_blocks, staging, host_blocks=host_blocks, cpu_share=cpu_share
+    )
     walk(manager, steps, batch, num_layers)
 
 

@@ -10,6 +10,7 @@ A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers
 contract tests run over every registered tier.
 """
 
+import contextlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -67,6 +68,9 @@ class Transfer:
 
     `is_ready()` is False only while pending. Ready means that no thread touches the memory of the
     transfer any more, whether it is done or failed. Waiting on a ready transfer takes no lock.
+
+    A device that is not the CPU works behind it: `hold_device()` makes the device wait, and the CPU
+    goes on where it can.
     """
 
     __slots__ = ("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid")
@@ -95,6 +99,16 @@ class Transfer:
             # A fresh exception: one raised twice would grow its traceback and be shared by threads.
             message = self._error.strerror or str(self._error)
             raise io_error(self._error.errno, message) from self._error.__cause__
+
+    def outlast(self) -> None:
+        """Return when it has ended, done or failed."""
+        with contextlib.suppress(TierIOError):
+            self.wait()
+
+    def hold_device(self) -> None:
+        """Let all that the device is given from now on come after this transfer. Raises as `wait`,
+        of what is known by then. Here, and wherever the device is the CPU, the same as `wait`."""
+        self.wait()
 
     def check_process(self) -> None:
         """Raise ClosedCacheError in a forked child, where nobody would end this transfer."""
@@ -131,7 +145,7 @@ class Tier(ABC):
     verb but `close` raises ClosedCacheError.
     """
 
-    name: ClassVar[str]
+    name: str
     registry: ClassVar[dict[str, type["Tier"]]] = {}
 
     block_bytes: int
@@ -176,6 +190,10 @@ class Tier(ABC):
         transfer under way, and UnsupportedInputError for a tensor that does not fit, both before
         anything is written.
         """
+
+    @abstractmethod
+    def check_allocated(self, slots: Sequence[int]) -> None:
+        """Raise BlockStateError unless every slot is allocated."""
 
     @property
     @abstractmethod

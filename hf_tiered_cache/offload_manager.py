@@ -41,8 +41,8 @@ from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane_tier import HostLaneTier
 from hf_tiered_cache.tiers.memory import MemoryTier
 
-# Columns of cold blocks that staging must be able to hold: one is attended while one loads.
-STAGED_COLUMNS = 2
+# Groups of columns that staging must be able to hold: one is attended while one loads.
+STAGED_GROUPS = 2
 
 # Stores to one rung that may be under way at once: enough to keep a disk's queue full, few enough
 # that the rung above keeps room for new blocks.
@@ -79,6 +79,7 @@ class OffloadManager:
         *,
         split: LaneSplit = STAGE_ALL,
         cpu_lane: CpuLane | None = None,
+        group_columns: int = 1,
     ) -> None:
         device = tiers[DEVICE]
         memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
@@ -86,6 +87,7 @@ class OffloadManager:
         assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
         self.split = split
         self.cpu_lane = cpu_lane
+        self.group_columns = group_columns
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
@@ -325,7 +327,8 @@ class OffloadManager:
         columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
         copies, pinned = self._fill_needs(table)
         needed = columns * table.batch + copies
-        least_staging = STAGED_COLUMNS * self.blocks.max_batch if self._lower else 0
+        staged_columns = STAGED_GROUPS * self.group_columns if self._lower else 0
+        least_staging = staged_columns * self.blocks.max_batch
         pinned = max(pinned, self._num_layers * table.batch)
         most = self.device_tier.used_slots + self.device_tier.num_free()
         if pinned + least_staging > most:
@@ -551,8 +554,12 @@ class OffloadManager:
     def _runs(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator[tuple[Run, bool]]:
         """The first columns of a table as runs, and whether each is attended where it lies: what is
         resident, and of each run in host memory the oldest part, as large as `split` says."""
+        placement = self.blocks.placement(table)
+        if self.group_columns > 1 and not beside:
+            yield from self._grouped_runs(placement, num_blocks)
+            return
         shares_host = self.cpu_lane is None or beside
-        for run in self.blocks.placement(table).runs:
+        for run in placement.runs:
             last = min(run.last, num_blocks)
             if last <= run.first:
                 return
@@ -565,6 +572,21 @@ class OffloadManager:
                 yield run.part(run.first, cut), True
             if cut < last:
                 yield run.part(cut, last), False
+
+    def _grouped_runs(self, placement: Placement, num_blocks: int) -> Iterator[tuple[Run, bool]]:
+        """The same with borders between groups of columns only: a group that is partly cold goes
+        through staging, and its resident blocks are attended where they lie all the same."""
+        group, done = self.group_columns, 0
+        for run in [run for run in placement.runs if run.is_resident]:
+            first = -(-run.first // group) * group
+            last = num_blocks if run.last >= num_blocks else run.last // group * group
+            if first < last:
+                if done < first:
+                    yield Run(done, first, None, placement.slots[:, done:first]), False
+                yield run.part(first, last), True
+                done = last
+        if done < num_blocks:
+            yield Run(done, num_blocks, None, placement.slots[:, done:num_blocks]), False
 
     def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
         """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
@@ -596,7 +618,8 @@ class OffloadManager:
     def _stream_cold(
         self, table: BlockTable, run: Run, scan: Sequence[BlockTable], beside: bool
     ) -> Iterator[Chunk]:
-        columns = max(1, self._stream.chunk_blocks // table.batch)
+        group = self.group_columns
+        columns = max(group, self._stream.chunk_blocks // table.batch // group * group)
         for begin in range(run.first, run.last, columns):
             end = min(begin + columns, run.last)
             cold = [block for block in table.blocks(begin, end) if not block.is_resident]

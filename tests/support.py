@@ -74,6 +74,7 @@ def make_manager(
     layout: BlockLayout = LAYOUT,
     host_blocks: int = 0,
     cpu_share: float = 0.0,
+    group_columns: int = 1,
 ) -> OffloadManager:
     """A manager over a poisoned device tier and, unless `disk_blocks` is 0, a recording disk; with
     `host_blocks` a poisoned host tier between them."""
@@ -89,7 +90,14 @@ def make_manager(
         tiers.append(
             RecordingDisk(layout.num_bytes, budget, folder, io="buffered", num_threads=2, **knobs)
         )
-    return OffloadManager(layout, tiers, staging, expected_tables, split=LaneSplit(cpu_share))
+    return OffloadManager(
+        layout,
+        tiers,
+        staging,
+        expected_tables,
+        split=LaneSplit(cpu_share),
+        group_columns=group_columns,
+    )
 
 
 _token = count(1)
@@ -116,6 +124,7 @@ def read_table(
     for chunk in manager.stream(table, scan or [table]):
         slab = manager.slab(chunk)
         assert chunk.first == next_column, "columns come in order, each once"
+        assert chunk.first % manager.group_columns == 0, "chunks begin with a group"
         for offset, slots in enumerate(chunk.slots.long().unbind(1)):
             first = (chunk.first + offset) * layout.block_tokens
             last = min(first + layout.block_tokens, table.num_tokens)

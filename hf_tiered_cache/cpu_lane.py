@@ -9,6 +9,7 @@ memory as they read the device's.
 
 from collections import deque
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from hf_tiered_cache.tiers.base import Transfer, io_error
 # as its memory gives it; with more it computes, and the device does that better.
 MAX_ROWS = 16
 WAIT_SECONDS = 0.1  # at most this long is not interruptible
+CLOSE_SECONDS = 60.0
 FLAG_BYTES = 4
 
 
@@ -73,9 +75,13 @@ class AttendedTransfer(Transfer):
     def wait(self) -> None:
         """Return when it is done. Raises TierIOError when it failed."""
         while not self.is_ready():
-            self.check_process()
-            self._worker.wait(self._job, WAIT_SECONDS)
+            self.look()
         super().wait()
+
+    def look(self) -> None:
+        """Wait a moment for it."""
+        self.check_process()
+        self._worker.wait(self._job, WAIT_SECONDS)
 
     def _failure(self) -> TierIOError | None:
         if self._job.was_cancelled:
@@ -123,10 +129,11 @@ class CpuLane:
         self._reap()
         layout = views[0].layout
         posted = self._post(query)
-        self._number = (self._number + 1) % 2**32
-        self._flags.raise_flag(self._addresses[0], self._number)
-        self._posted = state = self._new_state(query, layout.value_dim)
-        job = self._worker.submit(posted, views, state, self._addresses, self._number, **arguments)
+        state = self._new_state(query, layout.value_dim)
+        number = (self._number + 1) % 2**32
+        job = self._worker.submit(posted, views, state, self._addresses, number, **arguments)
+        self._flags.raise_flag(self._addresses[0], number)
+        self._number, self._posted = number, state
         transfer = AttendedTransfer(self._worker, job, views, posted, state)
         self._under_way.append(transfer)
         num_blocks = sum(view.table.numel() for view in views)
@@ -156,7 +163,14 @@ class CpuLane:
         return self._counters
 
     def close(self) -> None:
-        """Stop the thread and raise every flag. Idempotent."""
+        """Stop the thread, once it did what the device was told to wait for. Idempotent.
+
+        A device that does not come to it in a minute is not waited for: its flags are raised.
+        """
+        deadline = monotonic() + CLOSE_SECONDS
+        for transfer in self._under_way:
+            while not transfer.is_ready() and monotonic() < deadline:
+                transfer.look()
         self._worker.close()
 
     def _post(self, query: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from hf_tiered_cache import devices
 from hf_tiered_cache.block_manager import BlockTable
@@ -31,6 +32,8 @@ from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.lane_tier import BounceRing, LaneTier, behind_lane
+
+logger = logging.get_logger(__name__)
 
 # A disk is busy with this much in flight (measured: 1 MiB records reach its rate at queue depth
 # 4); twice that keeps it busy while one half is attended.
@@ -159,6 +162,12 @@ class ManagerPool:
         """How host blocks are shared between the lanes of a device, as asked for or measured."""
         assert place.lane is not None
         if place.cpu_lane is None:
+            if self.config.cpu_share not in (AUTO, 0):
+                logger.warning_once(
+                    f"cpu_share={self.config.cpu_share} is not followed: for the CPU to attend host"
+                    " blocks both compiled cores are needed (a C++ compiler and nvcc); all blocks"
+                    " are carried to the device"
+                )
             return LaneSplit(0.0)
         if self.config.cpu_share != AUTO:
             return LaneSplit(float(self.config.cpu_share))
@@ -229,6 +238,9 @@ class ManagerPool:
         """
         self._num_owners -= 1
         if self._num_owners == 0:
+            for place in self._places.values():
+                if place.cpu_lane is not None:
+                    place.cpu_lane.close()  # it reads what is closed next
             for manager in self.managers:
                 manager.close()
         else:

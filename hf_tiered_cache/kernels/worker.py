@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tiered_cache.errors import KernelUnavailableError
+from hf_tiered_cache.errors import (
+    ClosedCacheError,
+    KernelUnavailableError,
+    UnsupportedInputError,
+)
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.kernels.loader import chosen_kernel, compiled_core
 from hf_tiered_cache.kernels.state import RunningState
@@ -52,28 +56,34 @@ class AttentionWorker:
         `state` anew, fold the views into it, raise the second.
 
         Arguments as `ops.attend_blocks` takes them, without anything that masks. All memory must
-        stay as long as the job's `is_done` is False.
+        stay as long as the job's `is_done` is False. Raises UnsupportedInputError for a slot that is
+        outside its slab, ClosedCacheError after close, both before anything is written.
         """
-        kernel = chosen_kernel()
-        job = self._core.AttentionJob(
-            kernel=kernel.number,
-            dtype=ops.DTYPE_NUMBERS[views[0].layout.dtype],
-            query=query.data_ptr(),
-            query_shape=query.shape,
-            query_stride=query.stride(),
-            views=[view.core_arguments for view in views],
-            kv_tokens=kv_tokens,
-            query_start=kv_tokens - query.shape[2] if query_start is None else query_start,
-            causal=causal,
-            scale=scale,
-            softcap=softcap or 0.0,
-            state=(state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
-            num_threads=torch.get_num_threads(),
-            ready=flags[0],
-            done=flags[1],
-            value=value,
-        )
-        self._worker.submit(job)
+        try:
+            job = self._core.AttentionJob(
+                kernel=chosen_kernel().number,
+                dtype=ops.DTYPE_NUMBERS[views[0].layout.dtype],
+                query=query.data_ptr(),
+                query_shape=query.shape,
+                query_stride=query.stride(),
+                views=[view.core_arguments for view in views],
+                kv_tokens=kv_tokens,
+                query_start=kv_tokens - query.shape[2] if query_start is None else query_start,
+                causal=causal,
+                scale=scale,
+                softcap=softcap or 0.0,
+                state=(state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
+                num_threads=torch.get_num_threads(),
+                ready=flags[0],
+                done=flags[1],
+                value=value,
+            )
+        except ValueError as error:
+            raise UnsupportedInputError(f"attention on the CPU: {error}") from None
+        try:
+            self._worker.submit(job)
+        except RuntimeError as error:
+            raise ClosedCacheError(f"{error}; make a new cache") from None
         return job
 
     def wait(self, job: Any, timeout_seconds: float) -> None:

@@ -33,10 +33,13 @@ FLOORS = {
     "attention": 8,
     "cache_layers": 8,
     "cache": 9,
+    "evaluation": 10,
+    "commands": 11,
+    "__main__": 12,
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]
-HUGGING_FACE_ROOMS = {"cache", "cache_layers", "attention", "compat"}
+HUGGING_FACE_ROOMS = {"cache", "cache_layers", "attention", "compat", "evaluation"}
 BUILT = {"_C"}  # compiled, not a room
 
 

@@ -25,6 +25,7 @@ from hf_tiered_cache.dense_attention import explicit_mask, textbook_attention
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.metrics import span
 from hf_tiered_cache.paged_states import PagedStates, RefuseBackward, Snapshot
+from hf_tiered_cache.tracing import ATTEND, ATTENTION, MERGE
 
 NAME = "tiered"
 WRAPPED_NAMES = (
@@ -170,7 +171,7 @@ def _stream_attention(
         "softcap": softcap,
     }
     heads_first = out.transpose(1, 2)
-    with manager.lock, span("attention"):
+    with manager.lock, span(ATTENTION, snapshot.table.layer):
         view = manager.resident_view(snapshot.table, snapshot.num_tokens)
         if view is not None:
             ops.paged_attention(
@@ -179,8 +180,11 @@ def _stream_attention(
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
         for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens):
-            ops.attend_blocks(state, query, manager.view(chunk), **arguments)
-        ops.finish_attention(state, out=heads_first, sinks=sinks)
+            columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
+            with span(ATTEND, snapshot.table.layer, columns):
+                ops.attend_blocks(state, query, manager.view(chunk), **arguments)
+        with span(MERGE, snapshot.table.layer):
+            ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 
 

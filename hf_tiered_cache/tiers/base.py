@@ -14,6 +14,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from time import perf_counter
 from typing import ClassVar
 
 import torch
@@ -67,14 +68,22 @@ class Transfer:
 
     `is_ready()` is False only while pending. Ready means that no thread touches the memory of the
     transfer any more, whether it is done or failed. Waiting on a ready transfer takes no lock.
+
+    `began_at` and `ended_at`, seconds of `perf_counter`: when bytes moved, once it is ready; None
+    where nobody knows.
     """
 
-    __slots__ = ("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid")
+    __slots__ = (
+        *("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid"),
+        *("began_at", "ended_at"),
+    )
 
     def __init__(self, num_parts: int = 1) -> None:
         self._open_parts = num_parts
         self._error: TierIOError | None = None
         self._is_ready = num_parts == 0
+        self.began_at: float | None = None
+        self.ended_at: float | None = None
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._latch = threading.Lock()  # held until the last part ends; waiters queue on it
@@ -104,6 +113,12 @@ class Transfer:
                 " make a new cache after fork()"
             )
 
+    def moved(self, began: float, ended: float) -> None:
+        """Bytes of a part moved in [began, ended); for tiers that know, before the part ends."""
+        with self._lock:
+            self.began_at = min(began, self.began_at or began)
+            self.ended_at = max(ended, self.ended_at or ended)
+
     def end_part(self, error: TierIOError | None = None) -> None:
         """One part ended, failed if `error` is given. For tiers; the first error wins."""
         with self._lock:
@@ -112,6 +127,8 @@ class Transfer:
             self._open_parts -= 1
             if self._open_parts:
                 return
+            if self.ended_at is None:
+                self.ended_at = perf_counter()
             self._is_ready = True
         self._latch.release()
 

@@ -242,11 +242,16 @@ class Trace:
             "otherData": {"dropped_events": self.num_dropped},
         }
 
-    def lanes(self) -> dict[tuple[str, str], list[list[TransferSpan]]]:
-        """Transfers by (kind, tier), laid in as few lanes as keep those of a lane apart."""
+    def lanes(
+        self, start: float = 0.0, end: float = float("inf")
+    ) -> dict[tuple[str, str], list[list[TransferSpan]]]:
+        """Transfers by (kind, tier), laid in as few lanes as keep those of a lane apart; those that
+        were under way in [start, end)."""
         found: dict[tuple[str, str], list[list[TransferSpan]]] = {}
         free: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for span in self.transfers:
+            if span.issued >= end or span.ended <= start:
+                continue
             key = (span.kind, span.tier)
             lanes, ends = found.setdefault(key, []), free.setdefault(key, [])
             if ends and ends[0][0] <= span.issued:

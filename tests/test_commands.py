@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -95,10 +96,16 @@ def test_verify_fails_for_a_cache_that_loses_blocks():
         ((TINY_LM, "--dtype", "int8"), "--dtype int8: expected auto, float32"),
         ((TINY_LM, "--device", "abacus"), "--device abacus"),
         ((TINY_LM, *SHORT, "--block-tokens", "7"), "block_tokens=7: expected a power of two"),
+        ((TINY_LM, "--threads", "0"), "--threads 0: expected 1 or more"),
+        (("bench", TINY_LM, "--off-device", "1"), "--off-device 1.0: expected a share from 0 to 0"),
+        (("bench", TINY_LM, "--rounds", "0"), "--rounds 0: expected 1 or more"),
+        (("bench", TINY_LM, *SHORT[:2], "--disk-io", "fast"), "disk_io='fast': expected one of"),
+        (("trace", TINY_LM, "--new-tokens", "1"), "--new-tokens 1: expected 2 or more"),
     ],
 )
 def test_a_mistake_is_one_line_and_ends_with_2(arguments, message):
-    done = run("verify", *arguments)
+    name = arguments[0] if arguments[0] in ("bench", "trace") else "verify"
+    done = run(name, *[one for one in arguments if one != name])
     assert done.exit_code == 2
     (line,) = done.stderr.strip().splitlines()[-1:]
     assert line.startswith("error: ") and message in line
@@ -117,14 +124,59 @@ def test_it_starts_without_the_packages_of_the_evaluations():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
     assert "parity: every bar reached" in done.stdout
-    helped = subprocess.run(
-        [sys.executable, "-m", "hf_tiered_cache", "--help"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd="/",
-    )
-    assert "verify" in helped.stdout and "env" in helped.stdout
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-tiered-cache", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("hf_tiered_cache", run_name="__main__")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("env", "verify", "bench", "trace"):
+        assert f"  {name}" in printed
+
+
+def test_bench_prints_every_side_and_all_tokens_are_identical(tmp_path):
+    quick = ("--context", "700", "--rounds", "1", "--new-tokens", "3", "--chunk", "256")
+    done = run("bench", TINY_LM, *quick, "--off-device", "0", "--off-device", "0.5", "--reload")
+    assert done.exit_code == 0, done.output
+    assert "DIFFER" not in done.stdout
+    sides = done.stdout.splitlines()[2:]
+    assert ["TieredCache" in side for side in sides] == [False, True, True, False]
+    assert list((tmp_path / "blocks").iterdir()) == []
+    with without_cold_blocks():
+        broken = run("bench", TINY_LM, *quick, "--off-device", "0.5", "--json")
+    assert broken.exit_code == 1
+    rows = json.loads(broken.stdout)["rows"]
+    assert [row["is_identical"] for row in rows] == [True, False]
+    assert "TOKENS DIFFER" in broken.stderr
+
+
+SHORT_TRACE = ("--context", "600", "--new-tokens", "4", "--chunk", "256", "--block-tokens", "32")
+
+
+def test_trace_writes_a_file_for_perfetto_and_a_picture(tmp_path):
+    done = run("trace", TINY_LM, *SHORT_TRACE, "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    assert "loads hidden behind compute" in done.stdout
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events]
+    assert names.count("prefill") == 3 and names.count("decode") == 3
+    loaded = sum(event["args"].get("blocks", 0) for event in events if "load l" in event["name"])
+    assert f"loads {loaded:,} (" in done.stdout, "as the cache counted them"
+    picture = (tmp_path / "run.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 200_000
+
+
+def test_trace_without_matplotlib_and_where_nothing_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run("trace", TINY_LM, *SHORT_TRACE, "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    assert "no picture: drawing needs matplotlib: pip install" in done.stdout
+    assert not (tmp_path / "run.png").exists()
+    done = run("trace", TINY_LM, *SHORT_TRACE, "--output", str(tmp_path / "no" / "run"))
+    assert done.exit_code == 2
+    assert "cannot be written: No such file or directory" in done.stderr
 
 
 def test_a_data_set_without_the_package_for_it_says_what_to_install(monkeypatch):

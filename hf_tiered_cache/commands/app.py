@@ -6,7 +6,9 @@ line.
 
 import typer
 
+from hf_tiered_cache.commands.bench import bench
 from hf_tiered_cache.commands.env import env
+from hf_tiered_cache.commands.trace import trace
 from hf_tiered_cache.commands.verify import verify
 
 app = typer.Typer(
@@ -17,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (env, verify):
+for command in (env, verify, bench, trace):
     app.command()(command)
 
 

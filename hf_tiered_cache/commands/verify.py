@@ -5,9 +5,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hf_tiered_cache.commands import options
 from hf_tiered_cache.commands.manners import MISSED, check, command, print_json, table
 from hf_tiered_cache.evaluation import parity
-from hf_tiered_cache.evaluation.documents import STDLIB, is_joined, long_documents, read_texts
+from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.environment import environment
 from hf_tiered_cache.evaluation.models import (
     AUTO,
@@ -31,67 +32,45 @@ from hf_tiered_cache.progress import progress_bar
 
 @command
 def verify(
-    model: Annotated[str, typer.Argument(help="Hub id of a causal model, or its folder.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help=f"What it reads: a text file, a folder of texts, {STDLIB} (sources of Python's "
-            "standard library), a parquet file, pg19, proof-pile, wikitext, or org/name of the hub."
-        ),
-    ] = STDLIB,
-    split: Annotated[str | None, typer.Option(help="Of a data set.")] = None,
-    column: Annotated[str | None, typer.Option(help="Of a data set's texts.")] = None,
-    join: Annotated[
-        bool | None, typer.Option(help="Join texts until they are long enough.")
-    ] = None,
+    model: options.Model,
+    data: options.Data = STDLIB,
+    split: options.Split = None,
+    column: options.Column = None,
+    join: options.Join = None,
     context: Annotated[int, typer.Option(help="Tokens.")] = 2048,
-    off_device: Annotated[
-        list[float] | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of the cache off the device; may be given often (default: 0, 0.5, 0.9).",
-        ),
-    ] = None,
+    off_device: options.Shares = None,
     documents: Annotated[int, typer.Option(help="Texts to measure.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Of the greedy continuation.")] = 32,
     decode_tokens: Annotated[int, typer.Option(help="Last tokens, one by one.")] = 32,
-    chunk: Annotated[int, typer.Option(help="Prompt tokens per forward.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="auto: the checkpoint's own.")] = AUTO,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = AUTO,
-    attention: Annotated[
-        str | None, typer.Option(help='Of the tiered passes, e.g. "tiered"; default: the model\'s.')
-    ] = None,
-    block_tokens: Annotated[int | None, typer.Option(help="Power of two.")] = None,
-    disk_dir: Annotated[str | None, typer.Option(help="Folder of the disk tier.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    chunk: options.Chunk = 1024,
+    dtype: options.Dtype = AUTO,
+    device: options.Device = AUTO,
+    attention: options.Attention = None,
+    block_tokens: options.BlockTokens = None,
+    disk_dir: options.DiskDir = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Compare a model's logits and tokens through TieredCache with those through DynamicCache.
+    """Check that a model's logits and tokens through the cache are those of DynamicCache.
 
     Ends with 1 unless the continuations are identical, the loss per token is the same, every other
     likeliest token is within rounding, and the logits' bits do not depend on the share off the
     device.
     """
-    shares = sorted({0.0, *(off_device or (0.5, 0.9))})
-    for share in shares:
-        check(0 <= share <= 1, f"--off-device {share}: expected a share from 0 to 1")
+    shares = sorted({0.0, *options.check_shares(off_device, 1.0)})
     check(
         0 < decode_tokens < context,
         f"--decode-tokens {decode_tokens}: expected 1 to {context - 1}, fewer than the --context",
     )
-    for name, got, least in (
-        ("chunk", chunk, 2),
-        ("documents", documents, 1),
-        ("new-tokens", new_tokens, 1),
-    ):
-        check(got >= least, f"--{name} {got}: expected {least} or more")
-
+    options.check_at_least(2, chunk=chunk)
+    options.check_at_least(1, documents=documents, new_tokens=new_tokens)
+    options.use_threads(threads)
     where = choose_device(device)
     tokenizer = load_tokenizer(model)
-    texts = read_texts(data, split, column)
-    is_joining = is_joined(data) if join is None else join
+    found = options.find_documents(tokenizer, data, split, column, join, context, documents)
     windows = [
         window
-        for document in long_documents(texts, tokenizer, context, documents, is_joining)
+        for document in found
         for window in make_windows(document, tokenizer, context, None, 1)
     ]
     loaded = load_model(model, dtype, where)

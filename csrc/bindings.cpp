@@ -164,6 +164,11 @@ std::shared_ptr<Move> new_move(bool is_write, int fd, int64_t offset, int64_t re
   return move;
 }
 
+// As `time.perf_counter` counts: both are the monotonic clock.
+double seconds(std::chrono::steady_clock::time_point time) {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
+}
+
 py::list checksums(const Move& move) {
   py::list list;
   for (const auto& checksum : move.checksums) {
@@ -185,6 +190,8 @@ void bind_block_io(py::module_& m) {
           "is_done", [](const Move& move) { return move.is_done.load(std::memory_order_acquire); })
       .def_readonly("error", &Move::error)
       .def_readonly("error_offset", &Move::error_offset)
+      .def_property_readonly("began", [](const Move& move) { return seconds(move.began); })
+      .def_property_readonly("ended", [](const Move& move) { return seconds(move.ended); })
       .def_property_readonly("checksums", &checksums);
 
   using Unlocked = py::call_guard<py::gil_scoped_release>;

@@ -27,6 +27,7 @@ from hf_tiered_cache.dense_attention import explicit_mask, textbook_attention
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.metrics import span
 from hf_tiered_cache.paged_states import PagedStates, RefuseBackward, Snapshot
+from hf_tiered_cache.tracing import ATTEND, ATTENTION, MERGE
 
 NAME = "tiered"
 WRAPPED_NAMES = (
@@ -172,7 +173,7 @@ def _stream_attention(
         "softcap": softcap,
     }
     heads_first = out.transpose(1, 2)
-    with manager.lock, span("attention"):
+    with manager.lock, span(ATTENTION, snapshot.table.layer):
         view = manager.resident_view(snapshot.table, snapshot.num_tokens)
         if view is not None:
             ops.paged_attention(
@@ -182,10 +183,13 @@ def _stream_attention(
         state = ops.RunningState.begin(query, layout.value_dim)
         beside = manager.attend_beside(snapshot.table, query, arguments)
         for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
-            ops.attend_blocks(state, query, manager.view(chunk), **arguments)
-        if beside:
-            manager.join_beside(state)
-        ops.finish_attention(state, out=heads_first, sinks=sinks)
+            columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
+            with span(ATTEND, snapshot.table.layer, columns):
+                ops.attend_blocks(state, query, manager.view(chunk), **arguments)
+        with span(MERGE, snapshot.table.layer):
+            if beside:
+                manager.join_beside(state)
+            ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 
 

@@ -4,12 +4,13 @@ Counters are plain additions. A span costs nothing unless a torch profiler is re
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
+from hf_tiered_cache import tracing
 from hf_tiered_cache.sizes import format_bytes
 
 
@@ -168,8 +169,14 @@ class _NoSpan:
 _NO_SPAN = _NoSpan()
 
 
-def span(name: str) -> "_NoSpan | torch.profiler.record_function":
-    """A named range in torch's profiler (`tiered_cache.<name>`); free while none records."""
+def span(
+    name: str, layer: int | None = None, blocks: range | None = None
+) -> AbstractContextManager[None]:
+    """A named range in torch's profiler (`tiered_cache.<name>`) and in a `trace`; free while
+    neither records. blocks: columns of the layer's table."""
+    inner: AbstractContextManager[None] = _NO_SPAN
     if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(f"tiered_cache.{name}")
-    return _NO_SPAN
+        inner = torch.profiler.record_function(f"tiered_cache.{name}")
+    if tracing.recorder is not None:
+        return tracing.recorder.span(name, layer, blocks, inner)
+    return inner

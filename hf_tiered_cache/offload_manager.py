@@ -15,10 +15,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from hf_tiered_cache import tracing
 from hf_tiered_cache.block_manager import (
     DEVICE,
     HOST,
@@ -40,6 +42,7 @@ from hf_tiered_cache.tiers.base import DONE, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane_tier import HostLaneTier
 from hf_tiered_cache.tiers.memory import MemoryTier
+from hf_tiered_cache.tracing import STORE, STORE_WAIT
 
 # Groups of columns that staging must be able to hold: one is attended while one loads.
 STAGED_GROUPS = 2
@@ -278,6 +281,7 @@ class OffloadManager:
         assert source is not None
         if slot is None:  # another manager on the same budget took it
             raise self._out_of_blocks(1)
+        issued = perf_counter()
         try:
             data = self._memory[rung].block(source)
             block.stores[target] = self.tiers[target].write([slot], [data])
@@ -288,6 +292,10 @@ class OffloadManager:
         self._storing[target][block] = None
         self.counters.stores += 1
         self.counters.stored_bytes += self.layout.num_bytes
+        if tracing.recorder is not None:
+            name, transfer = self.tiers[target].name, block.stores[target]
+            size = self.layout.num_bytes
+            tracing.recorder.watch(STORE, name, [block.layer], 1, size, issued, transfer)
         return target
 
     def _finish_store(self, block: KVBlock, rung: int) -> None:
@@ -296,7 +304,7 @@ class OffloadManager:
         store = block.stores[rung]
         try:
             if not store.is_ready():
-                with span("store_wait"), self.counters.waiting("store_wait_seconds"):
+                with span(STORE_WAIT), self.counters.waiting("store_wait_seconds"):
                     store.wait()
             store.wait()
         except TierIOError:

@@ -11,13 +11,16 @@ which lags behind, is past the attention that reads it: `release` marks that mom
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
+from hf_tiered_cache import tracing
 from hf_tiered_cache.block_manager import DEVICE, KVBlock
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.tiers.base import Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane import Mark
+from hf_tiered_cache.tracing import LOAD, LOAD_WAIT
 
 # One read of neighbouring records up to this size: below it the calls, not the bytes, cost.
 READ_BYTES = 1024 * 1024
@@ -156,7 +159,7 @@ class BlockStream:
         transfers = [self._staged[block].transfer for block in blocks]
         try:
             if not all(transfer.is_ready() for transfer in transfers):
-                with span("load_wait"), self._counters.waiting("load_wait_seconds"):
+                with span(LOAD_WAIT), self._counters.waiting("load_wait_seconds"):
                     for transfer in transfers:
                         transfer.hold_device()
             for transfer in transfers:
@@ -184,13 +187,18 @@ class BlockStream:
         sources = [slot for block in blocks if (slot := block.slots[rung]) is not None]
         slots = [self._take_slot() for _ in blocks]
         self._hold_loads(slots)
+        issued = perf_counter()
         try:
             transfer = self._tiers[rung].read(sources, [self._device.block(s) for s in slots])
         except BaseException:
             self._free += slots
             raise
         self._counters.loads += len(blocks)
-        self._counters.loaded_bytes += len(blocks) * self._device.block_bytes
+        num_bytes = len(blocks) * self._device.block_bytes
+        self._counters.loaded_bytes += num_bytes
+        if tracing.recorder is not None:
+            layers, name = [block.layer for block in blocks], self._tiers[rung].name
+            tracing.recorder.watch(LOAD, name, layers, len(blocks), num_bytes, issued, transfer)
         for block, slot in zip(blocks, slots, strict=True):
             self._staged[block] = _Staged(slot, transfer)
 

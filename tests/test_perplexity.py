@@ -16,12 +16,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-import corpora
-import documents
-import parity
+from hf_tiered_cache.evaluation import documents, parity, scoring, standard_library
+from hf_tiered_cache.evaluation.documents import DataError, Document, HubDataset, Text
+
 import perplexity
-import scoring
-from documents import DataError, Document, HubDataset, Text
 from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +112,9 @@ def test_the_files_say_what_was_run_and_where(measured, results):
     assert {"command", "processor", "torch", "transformers", "kernel", "seed", "model"} <= set(
         results
     )
-    assert results["documents"] == [corpora.relative_path(p) for p in corpora.held_out_files()[:3]]
+    assert results["documents"] == [
+        standard_library.relative_path(p) for p in standard_library.held_out_files()[:3]
+    ]
     table = (measured / "perplexity.md").read_text()
     assert table.count("| TieredCache |") == 6
     assert "bars reached" in table
@@ -302,7 +302,7 @@ def test_strided_windows_score_every_token_once(tokenizer):
 def test_scores_are_those_of_one_plain_forward(tokenizer, tmp_path):
     """Of the second window of a slide: only its last tokens, given everything in the window."""
     model = perplexity.load_model(str(perplexity.TINY_LM), "float32")
-    text = corpora.held_out_files()[0].read_text()
+    text = standard_library.held_out_files()[0].read_text()
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0, :400]
     window = list(scoring.make_windows(Document("d", ids), tokenizer, 200, 80, 2))[1]
     shape = scoring.block_shape(model, 16, str(tmp_path))

@@ -56,7 +56,7 @@ class AttentionWorker:
         `state` anew, fold the views into it, raise the second.
 
         Arguments as `ops.attend_blocks` takes them, without anything that masks. All memory must
-        stay as long as the job's `is_done` is False. Raises UnsupportedInputError for a slot that is
+        stay as long as the job's `is_done` is False. Raises UnsupportedInputError for a slot
         outside its slab, ClosedCacheError after close, both before anything is written.
         """
         try:

@@ -15,6 +15,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from time import perf_counter
 from typing import ClassVar
 
 import torch
@@ -71,14 +72,22 @@ class Transfer:
 
     A device that is not the CPU works behind it: `hold_device()` makes the device wait, and the CPU
     goes on where it can.
+
+    `began_at` and `ended_at`, seconds of `perf_counter`: when bytes moved, once it is ready; None
+    where nobody knows.
     """
 
-    __slots__ = ("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid")
+    __slots__ = (
+        *("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid"),
+        *("began_at", "ended_at"),
+    )
 
     def __init__(self, num_parts: int = 1) -> None:
         self._open_parts = num_parts
         self._error: TierIOError | None = None
         self._is_ready = num_parts == 0
+        self.began_at: float | None = None
+        self.ended_at: float | None = None
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._latch = threading.Lock()  # held until the last part ends; waiters queue on it
@@ -118,6 +127,12 @@ class Transfer:
                 " make a new cache after fork()"
             )
 
+    def moved(self, began: float, ended: float) -> None:
+        """Bytes of a part moved in [began, ended); for tiers that know, before the part ends."""
+        with self._lock:
+            self.began_at = min(began, self.began_at or began)
+            self.ended_at = max(ended, self.ended_at or ended)
+
     def end_part(self, error: TierIOError | None = None) -> None:
         """One part ended, failed if `error` is given. For tiers; the first error wins."""
         with self._lock:
@@ -126,6 +141,8 @@ class Transfer:
             self._open_parts -= 1
             if self._open_parts:
                 return
+            if self.ended_at is None:
+                self.ended_at = perf_counter()
             self._is_ready = True
         self._latch.release()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from corpora import held_out_files, relative_path
+from hf_tiered_cache.evaluation.standard_library import held_out_files, relative_path
 
 STDLIB = "stdlib"
 TEXT_SEPARATOR = "\n\n"
@@ -107,7 +107,8 @@ def long_documents(
     Raises DataError when there is none.
     """
     found: list[Document] = []
-    longest, pieces = 0, []
+    longest = 0
+    pieces: list[Text] = []
     for text in itertools.islice(texts, MAX_TEXTS):
         pieces = [*pieces, text] if join else [text]
         # A token is a byte at least, so short ones need not be tokenized.
@@ -124,7 +125,7 @@ def long_documents(
     if not found:
         raise DataError(
             f"no text of {min_tokens:,} tokens (the longest that was tokenized has {longest:,}): "
-            "give smaller --contexts, longer --data, or --join to join texts"
+            "give a smaller context, longer --data, or --join to join texts"
         )
     return found
 

@@ -58,7 +58,8 @@ class TransferSpan:
 
         issued <= began <= ended
 
-    It was asked for at `issued`; bytes moved in [began, ended).
+    It was asked for at `issued`; bytes moved in [began, ended). `is_inline`: by the thread that
+    asked, which could do nothing else meanwhile.
     """
 
     kind: str  # LOAD or STORE
@@ -69,6 +70,7 @@ class TransferSpan:
     layers: tuple[int, ...]
     num_blocks: int
     num_bytes: int
+    is_inline: bool
 
 
 class Trace:
@@ -121,7 +123,10 @@ class Trace:
     ) -> None:
         """Record a transfer that was just started; `issued` was taken before it was."""
         if self._has_room():
-            facts = (kind, tier, tuple(dict.fromkeys(layers)), num_blocks, num_bytes)
+            # One that nobody timed, and that is over already, was a copy on the spot.
+            is_inline = transfer.is_ready() and transfer.ended_at is None
+            layers = tuple(dict.fromkeys(layers))
+            facts = (kind, tier, layers, num_blocks, num_bytes, is_inline)
             with self._lock:
                 self._pending.append((transfer, issued, facts))
             self._collect()
@@ -165,13 +170,11 @@ class Trace:
                     left.append((transfer, issued, facts))
                     continue
                 began, ended = transfer.began_at, transfer.ended_at
-                # A copy made at once says nothing: it began when issued and has ended now.
+                # A copy on the spot says nothing: it began when issued and has ended now.
                 began = issued if began is None else max(began, issued)
                 ended = perf_counter() if ended is None else max(ended, began)
-                kind, tier, layers, num_blocks, num_bytes = facts
-                self._transfers.append(
-                    TransferSpan(kind, tier, issued, began, ended, layers, num_blocks, num_bytes)
-                )
+                kind, tier, *rest = facts
+                self._transfers.append(TransferSpan(kind, tier, issued, began, ended, *rest))
             self._pending = left
 
     def seconds(self, name: str) -> float:
@@ -179,8 +182,11 @@ class Trace:
         return _length(self._intervals(name))
 
     def hidden_load_seconds(self) -> float:
-        """Time in which bytes were loaded while no thread waited for them: what compute hid."""
-        return _length(_without(self._intervals(LOAD), self._intervals(LOAD_WAIT)))
+        """Time in which bytes were loaded while no thread waited for them or moved them itself:
+        what compute hid."""
+        inline = [(one.began, one.ended) for one in self.loads if one.is_inline]
+        standing = _union([*self._intervals(LOAD_WAIT), *inline])
+        return _length(_without(self._intervals(LOAD), standing))
 
     def _intervals(self, name: str) -> list[tuple[float, float]]:
         if name in (LOAD, STORE):

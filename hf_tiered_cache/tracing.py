@@ -76,7 +76,8 @@ class TransferSpan:
 class Trace:
     """What happened between `trace()` and the end of its `with`; all caches, all threads.
 
-    `spans`: of threads, in the order of their end. `transfers`: loads and stores.
+    `spans`: of threads, in the order of their end. `transfers`: loads and stores. Times are seconds
+    of `time.perf_counter`, from `start` to `end` (None while it records).
     """
 
     def __init__(self) -> None:
@@ -278,8 +279,13 @@ recorder: Trace | None = None
 def trace(path: str | os.PathLike[str] | None = None) -> Iterator[Trace]:
     """Record every cache of this process inside the `with`; yields the `Trace`.
 
+        with hf_tiered_cache.trace("run.json") as recorded:
+            model.generate(**inputs, past_key_values=cache)
+        print(recorded)  # counts, seconds, bytes; how much of the loading compute hid
+
     path: where its JSON goes at the end, also after an exception. Raises ConfigError when a trace
-    is being recorded already, or when `path` cannot be written.
+    is being recorded already, or when `path` cannot be written. A million events are kept, some
+    hundred tokens of a large model; later ones are counted as `num_dropped`.
     """
     global recorder
     if recorder is not None:

@@ -57,6 +57,10 @@ class TieredCache(DynamicCache):
 
     A cache may be deep-copied (full blocks are shared), closed (`close()` or `with`), and is
     closed when it is garbage-collected: no file, thread or memory stays.
+
+    A forward through it raises OutOfBlocksError when the tiers are full (before it stores anything
+    more), TierIOError when blocks cannot be stored or loaded, CacheInUseError when another thread
+    is in the middle of one, ClosedCacheError after `close()`, BackwardError for a gradient.
     """
 
     def __init__(
@@ -358,6 +362,7 @@ class TieredCache(DynamicCache):
 
     @property
     def is_closed(self) -> bool:
+        """Whether `close()` was called; there is no way back."""
         return not self._finalizer.alive
 
     def stats(self) -> CacheStats:

@@ -48,9 +48,10 @@ def progress_bar(total: int, label: str, unit: str = "token", delay_seconds: flo
 def generation_progress(
     model: torch.nn.Module, prompt_tokens: int, new_tokens: int, label: str = ""
 ) -> Iterator[Timing]:
-    """Show bars for one `model.generate(...)` inside, and time it.
+    """Show bars for one `model.generate(...)` inside, and time it; yields the `Timing`.
 
     prompt_tokens: tokens the prefill still has to compute; new_tokens: the most that will follow.
+    The bars obey transformers' switch (`transformers.utils.logging.disable_progress_bar`).
     """
     timing = Timing()
     bar = progress_bar(prompt_tokens, label + "prefill")

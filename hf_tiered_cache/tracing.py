@@ -58,7 +58,8 @@ class TransferSpan:
 
         issued <= began <= ended
 
-    It was asked for at `issued`; bytes moved in [began, ended).
+    It was asked for at `issued`; bytes moved in [began, ended). `is_inline`: by the thread that
+    asked, which could do nothing else meanwhile.
     """
 
     kind: str  # LOAD or STORE
@@ -69,12 +70,14 @@ class TransferSpan:
     layers: tuple[int, ...]
     num_blocks: int
     num_bytes: int
+    is_inline: bool
 
 
 class Trace:
     """What happened between `trace()` and the end of its `with`; all caches, all threads.
 
-    `spans`: of threads, in the order of their end. `transfers`: loads and stores.
+    `spans`: of threads, in the order of their end. `transfers`: loads and stores. Times are seconds
+    of `time.perf_counter`, from `start` to `end` (None while it records).
     """
 
     def __init__(self) -> None:
@@ -121,7 +124,10 @@ class Trace:
     ) -> None:
         """Record a transfer that was just started; `issued` was taken before it was."""
         if self._has_room():
-            facts = (kind, tier, tuple(dict.fromkeys(layers)), num_blocks, num_bytes)
+            # One that nobody timed, and that is over already, was a copy on the spot.
+            is_inline = transfer.is_ready() and transfer.ended_at is None
+            layers = tuple(dict.fromkeys(layers))
+            facts = (kind, tier, layers, num_blocks, num_bytes, is_inline)
             with self._lock:
                 self._pending.append((transfer, issued, facts))
             self._collect()
@@ -165,13 +171,11 @@ class Trace:
                     left.append((transfer, issued, facts))
                     continue
                 began, ended = transfer.began_at, transfer.ended_at
-                # A copy made at once says nothing: it began when issued and has ended now.
+                # A copy on the spot says nothing: it began when issued and has ended now.
                 began = issued if began is None else max(began, issued)
                 ended = perf_counter() if ended is None else max(ended, began)
-                kind, tier, layers, num_blocks, num_bytes = facts
-                self._transfers.append(
-                    TransferSpan(kind, tier, issued, began, ended, layers, num_blocks, num_bytes)
-                )
+                kind, tier, *rest = facts
+                self._transfers.append(TransferSpan(kind, tier, issued, began, ended, *rest))
             self._pending = left
 
     def seconds(self, name: str) -> float:
@@ -179,8 +183,11 @@ class Trace:
         return _length(self._intervals(name))
 
     def hidden_load_seconds(self) -> float:
-        """Time in which bytes were loaded while no thread waited for them: what compute hid."""
-        return _length(_without(self._intervals(LOAD), self._intervals(LOAD_WAIT)))
+        """Time in which bytes were loaded while no thread waited for them or moved them itself:
+        what compute hid."""
+        inline = [(one.began, one.ended) for one in self.loads if one.is_inline]
+        standing = _union([*self._intervals(LOAD_WAIT), *inline])
+        return _length(_without(self._intervals(LOAD), standing))
 
     def _intervals(self, name: str) -> list[tuple[float, float]]:
         if name in (LOAD, STORE):
@@ -272,8 +279,13 @@ recorder: Trace | None = None
 def trace(path: str | os.PathLike[str] | None = None) -> Iterator[Trace]:
     """Record every cache of this process inside the `with`; yields the `Trace`.
 
+        with hf_tiered_cache.trace("run.json") as recorded:
+            model.generate(**inputs, past_key_values=cache)
+        print(recorded)  # counts, seconds, bytes; how much of the loading compute hid
+
     path: where its JSON goes at the end, also after an exception. Raises ConfigError when a trace
-    is being recorded already, or when `path` cannot be written.
+    is being recorded already, or when `path` cannot be written. A million events are kept, some
+    hundred tokens of a large model; later ones are counted as `num_dropped`.
     """
     global recorder
     if recorder is not None:

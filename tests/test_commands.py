@@ -3,11 +3,14 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, MambaConfig
 from typer.testing import CliRunner, Result
 
 from hf_tiered_cache.commands.app import app
@@ -134,6 +137,51 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for name in ("env", "verify", "bench", "trace"):
         assert f"  {name}" in printed
+
+
+def save_tiny(folder: Path, config) -> str:
+    """A random model of that config with the byte-level tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_LM).save_pretrained(folder)
+    return str(folder)
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 384, "pad_token_id": 0}
+
+
+def test_a_model_without_full_attention_is_refused_in_one_line(tmp_path):
+    mamba = save_tiny(tmp_path / "mamba", MambaConfig(**SIZES, state_size=4))
+    done = run("verify", mamba, *SHORT)
+    assert done.exit_code == 2, done.output
+    assert "keeps no layer in blocks" in done.stderr.splitlines()[-1]
+
+
+def test_a_model_with_sliding_windows_is_verified_but_not_raced(tmp_path):
+    config = Gemma3TextConfig(
+        **SIZES,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    gemma = save_tiny(tmp_path / "gemma", config)
+    done = run("verify", gemma, *SHORT, "--off-device", "0.8")
+    assert done.exit_code == 0, done.output
+    done = run("bench", gemma, "--context", "200", "--rounds", "1")
+    assert done.exit_code == 2, done.output
+    assert "layers other than full attention" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(TINY_LM, folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    done = run("verify", str(folder), *SHORT)
+    assert done.exit_code == 2, done.output
+    assert "damaged cannot be loaded" in done.stderr.splitlines()[-1]
 
 
 def test_bench_prints_every_side_and_all_tokens_are_identical(tmp_path):

@@ -75,6 +75,12 @@ def test_every_rung_of_a_chain_is_named(make_cache):
     assert by_tier["host"] > by_tier["disk"] > 0
     assert sum(by_tier.values()) == counters.stores
     assert sum(span.num_blocks for span in recorded.loads) == counters.loads
+    from_host = [span for span in recorded.loads if span.tier == "host"]
+    assert from_host
+    assert all(span.is_inline == (span.tier == "host") for span in recorded.loads)
+    assert recorded.hidden_load_seconds() <= sum(
+        span.ended - span.began for span in recorded.loads if not span.is_inline
+    )
 
 
 def test_waits_are_those_of_the_counters(make_cache, monkeypatch):

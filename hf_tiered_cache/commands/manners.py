@@ -40,8 +40,8 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def fail(message: str) -> None:
-    """End with `message` on stderr and the exit code of a mistake."""
-    typer.echo(f"error: {message}", err=True)
+    """End with `message`, in one line, on stderr and the exit code of a mistake."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
     raise typer.Exit(MISTAKE)
 
 

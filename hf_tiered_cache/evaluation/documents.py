@@ -143,13 +143,21 @@ def _folder_texts(folder: Path) -> Iterator[Text]:
 
 
 def _hub_texts(dataset: HubDataset, split: str | None, column: str | None) -> Iterator[Text]:
-    rows = _datasets().load_dataset(
-        dataset.path,
-        dataset.config,
-        split=split or dataset.split,
-        revision=dataset.revision,
-        streaming=True,
-    )
+    datasets = _datasets()
+    try:
+        rows = datasets.load_dataset(
+            dataset.path,
+            dataset.config,
+            split=split or dataset.split,
+            revision=dataset.revision,
+            streaming=True,
+        )
+    except (OSError, ValueError) as error:  # not reached, not there; no such split or config
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"--data {dataset.path}, --split {split or dataset.split}: {reason}; expected a data "
+            "set of the hub that can be reached, or a local file or folder"
+        ) from None
     yield from _rows(rows, dataset.path, column or dataset.column)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 AUTO = "auto"
@@ -24,7 +25,7 @@ def load_model(name: str, dtype: str = AUTO, device: str | torch.device = "cpu")
         raise ModelError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=known)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
     return model.eval().to(device)
 
@@ -33,7 +34,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub id or folder. Raises ModelError."""
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
 
 

@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.evaluation.documents import Document
+from hf_tiered_cache.evaluation.models import ModelError
 from hf_tiered_cache.metrics import CacheStats
 
 MIN_BLOCK_TOKENS = 16
@@ -276,13 +277,18 @@ class BlockShape:
 def block_shape(
     model: PreTrainedModel, block_tokens: int | None, disk_dir: str | None
 ) -> BlockShape:
-    """Ask a cache that holds a few tokens."""
+    """Ask a cache that holds a few tokens. Raises ModelError where no layer is kept in blocks."""
     with TieredCache(config=model.config, block_tokens=block_tokens, disk_dir=disk_dir) as cache:
         for tokens in (4, 1):  # also the first, slow forward of either kind
             model(
                 torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache
             )
         stats = cache.stats()
+    if not stats.num_layers:
+        raise ModelError(
+            f"{type(model).__name__} keeps no layer in blocks (they are for full attention), so "
+            "there is nothing to measure; expected a model with full-attention layers"
+        )
     return BlockShape(stats.block_tokens, stats.block_bytes, stats.num_layers)
 
 

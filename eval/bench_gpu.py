@@ -50,6 +50,7 @@ TIME_LIMIT_SECONDS = 570  # of ten minutes, for a build took some of them
 # Versions without a CPU lane have no such knob.
 COPY_LANE = {"cpu_share": 0.0} if "cpu_share" in {f.name for f in fields(TieredCacheConfig)} else {}
 SMALL_GPU_BYTES = 24_000_000_000
+HOST_SPARE_BYTES = 256 << 20  # of a cache's host budget, for what copies pass through
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
 LLAMA_8B = LlamaConfig(
@@ -278,7 +279,7 @@ class Bench:
             **{
                 "device_bytes": resident * layers * block + self.sizes.staging_bytes,
                 "staging_bytes": self.sizes.staging_bytes,
-                "host_bytes": (columns + 1) * layers * block if share else 0,
+                "host_bytes": (columns + 1) * layers * block + HOST_SPARE_BYTES if share else 0,
                 "disk_bytes": 0,
                 "block_tokens": self.sizes.block_tokens,
                 **knobs,
@@ -669,7 +670,10 @@ def small_budget(bench: Bench, context: int) -> dict[str, int]:
     the rest in host memory."""
     whole = (bench.layout.num_blocks(context) + 2) * bench.num_layers * bench.layout.num_bytes
     device = SMALL_GPU_BYTES // 8 if bench.machine.is_cuda else whole // 4
-    return {"device_bytes": device + bench.sizes.staging_bytes, "host_bytes": whole}
+    return {
+        "device_bytes": device + bench.sizes.staging_bytes,
+        "host_bytes": whole + HOST_SPARE_BYTES,
+    }
 
 
 def longest_dynamic(bench: Bench) -> int:

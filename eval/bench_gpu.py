@@ -305,14 +305,16 @@ class Bench:
         return seconds / self.sizes.new
 
     @torch.no_grad()
-    def prefill_seconds(self, cache: Cache, ids: torch.Tensor) -> float:
+    def prefill_seconds(self, cache: Cache, ids: torch.Tensor, attention: str) -> float:
         """One chunk behind the cached context, which is left as it was."""
+        self.model.set_attn_implementation(attention)
         self.machine.synchronize()
         start = perf_counter()
         self.model(ids, past_key_values=cache, logits_to_keep=1)
         self.machine.synchronize()
         seconds = perf_counter() - start
         cache.crop(-ids.shape[1])
+        self.model.set_attn_implementation("sdpa")
         return seconds
 
     def ids(self, num_tokens: int) -> torch.Tensor:
@@ -529,16 +531,16 @@ def decode(bench: Bench, asked: int, sides: list[Side], with_offloading: bool) -
         where = f"{share_off(cache):.0%} off the device" if side.share else "everything fits"
         yield judged_ratio(f"decode {context:,}: {where}", side, ours, base, note, context == asked)
     copied = samples[len(sides)]
-    before = copying.stats().counters
-    seconds = bench.seconds_per_token(copying, ids) * sizes.new
-    loaded = copying.stats().counters.loaded_bytes - before.loaded_bytes
+    before = copying.stats().counters.loaded_bytes
+    bench.seconds_per_token(copying, ids)
+    loaded = (copying.stats().counters.loaded_bytes - before) / sizes.new  # for a token
     if "h2d" in rates:
         yield at_least(
             f"decode {context:,}: copy lane's share of the copy rate",
-            loaded / seconds / rates["h2d"],
+            loaded / copied.median / rates["h2d"],
             0.85 if context == asked else None,
             "1.0",
-            note=f"{loaded / seconds / 1e9:.1f} GB/s, {copied.median * 1e3:.1f} ms/token",
+            note=f"{loaded / copied.median / 1e9:.1f} GB/s, {copied.median * 1e3:.1f} ms/token",
         )
     if len(samples) > len(sides) + 1:
         theirs, ours = samples[-1], samples[len(sides) - 1]
@@ -576,7 +578,8 @@ def judged_ratio(
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
-    """One chunk behind a context, at several shares off the device."""
+    """One chunk behind a context, at several shares off the device. A model that attends by "sdpa"
+    brings a mask of queries by tokens, one that attends by "tiered" brings none."""
     sizes = bench.sizes
     bench.model  # noqa: B018 - its memory counts
     sides = [Side(share, 1.3, "1.00-1.05") for share in (0.0, 0.5, 0.9)]
@@ -586,20 +589,29 @@ def prefill(bench: Bench) -> Iterator[Row]:
     for cache in caches:
         bench.fill_like(cache, dynamic)
     ids = bench.ids(sizes.prefill)
+    runs = [
+        *((side, cache, "tiered") for side, cache in zip(sides, caches, strict=True)),
+        (sides[-1], caches[-1], "sdpa"),
+    ]
     base, *samples = benchmarking.paired(
-        *(lambda cache=cache: bench.prefill_seconds(cache, ids) for cache in [dynamic, *caches]),
+        lambda: bench.prefill_seconds(dynamic, ids, "sdpa"),
+        *(
+            lambda cache=cache, name=name: bench.prefill_seconds(cache, ids, name)
+            for _, cache, name in runs
+        ),
         rounds=sizes.rounds,
         warmup=1,
     )
-    for side, cache, ours in zip(sides, caches, samples, strict=True):
+    for (side, cache, name), ours in zip(runs, samples, strict=True):
         yield judged_ratio(
-            f"prefill {sizes.prefill:,} behind {context:,}: {share_off(cache):.0%} off",
+            f"prefill {sizes.prefill:,} behind {context:,}: {share_off(cache):.0%} off, {name}",
             side,
             ours,
             base,
             f"DynamicCache {base.median * 1e3:.0f} ms",
             context == sizes.short,
         )
+    for cache in caches:
         cache.close()
 
 
@@ -650,7 +662,13 @@ def capacity(bench: Bench) -> Iterator[Row]:
     with machine.limited_to(SMALL_GPU_BYTES):
         theirs = longest_dynamic(bench)
         asked = int(target * theirs)
-        with bench.tiered(asked + sizes.new + 1, 0.9, **small_budget(bench, asked)) as cache:
+        knobs = small_budget(bench, asked)
+        if knobs["host_bytes"] > (host := free_memory_bytes()):
+            raise Skipped(
+                f"{knobs['host_bytes'] / GIB:.0f} GiB of host memory needed for {target:g} times "
+                f"the {theirs:,} tokens of DynamicCache, {host / GIB:.0f} GiB are free"
+            )
+        with bench.tiered(asked + sizes.new + 1, 0.9, **knobs) as cache:
             random_fill(bench, cache, asked)
             seconds = bench.seconds_per_token(cache, bench.ids(asked + 1))
             ours = cache.get_seq_length()
@@ -703,30 +721,25 @@ def random_fill(bench: Bench, cache: Cache, num_tokens: int) -> None:
             cache.update(*states.unbind(0), index)
 
 
+@torch.no_grad()
 def memory(bench: Bench) -> Iterator[Row]:
     """Device memory at its peak, over the budget, in decode and prefill."""
-    machine, sizes = bench.machine, bench.sizes
+    machine, sizes, model = bench.machine, bench.sizes, bench.model
     context = bench.context_that_fits(sizes.short, [0.9])
     ids, chunk = bench.ids(context + 1), bench.ids(sizes.prefill)
-    few = sizes.prefill
-    plain = bench.dynamic(few)
     before = machine.allocated_bytes()
-    with machine.peak_bytes() as activations:  # what the model itself takes while it runs
-        bench.seconds_per_token(plain, ids[:, : few + 1])
-        bench.prefill_seconds(plain, chunk)
-    # Of these the dense layer that appending concatenates is not the model's.
-    copies = 2 * (few + sizes.prefill) * bench.token_bytes() // bench.num_layers
-    of_model = max(0, activations[0] - before - copies) if machine.is_cuda else 0
-    del plain
+    with machine.peak_bytes() as alone:  # what the model itself takes while it runs
+        model(chunk, use_cache=False, logits_to_keep=1)
+    of_model = max(0, alone[0] - before)
     free, before = machine.free_bytes(), machine.allocated_bytes()
-    with bench.tiered(context + sizes.prefill, 0.75) as cache:
-        with machine.peak_bytes() as peak:
-            random_fill(bench, cache, context)
-            bench.seconds_per_token(cache, ids)
-            bench.prefill_seconds(cache, chunk)
-        taken = free - machine.free_bytes()
+    with bench.tiered(context + sizes.prefill, 0.75) as cache, machine.peak_bytes() as peak:
+        random_fill(bench, cache, context)
+        bench.seconds_per_token(cache, ids)
+        bench.prefill_seconds(cache, chunk, "tiered")  # with "sdpa" its mask would count
         device = cache.stats().tiers[0]
-    budget, held = device.budget_bytes, max(peak[0] - before - of_model, device.peak_bytes)
+        taken = free - machine.free_bytes()
+    budget = device.budget_bytes
+    held = max(peak[0] - before - of_model, device.peak_bytes)
     yield at_most(
         "device memory at its peak over the budget",
         held / budget,

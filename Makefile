@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-slow lint types bench bench-quick train clean
+.PHONY: demo test test-slow lint types bench bench-quick gpu train clean
 
 # The demo continues a long text through a cache that holds a quarter of it on the device.
 # MODEL=org/name or a folder, PROMPT=file, TOKENS=64, CHUNK=1024 change what it runs.
@@ -42,6 +42,12 @@ bench-quick: $(BUILT)
 	$(BIN)/python eval/bench_kernels.py --quick
 	$(BIN)/python eval/bench_generate.py --quick
 	$(BIN)/python eval/bench_offload.py --quick
+
+# For a machine with a GPU, where everything needed is installed already: builds in place for that
+# machine's own GPU, makes no environment, downloads nothing. GPU="--quick" is passed on.
+gpu:
+	HF_TIERED_CACHE_BUILD_CUDA=native $(PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=. $(PYTHON) eval/bench_gpu.py $(GPU)
 
 # Trains the byte-level model in eval/tiny_lm again; about an hour on two cores.
 train: $(BUILT)

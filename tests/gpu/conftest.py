@@ -1,0 +1,39 @@
+"""Tests over devices: on the CPU wherever that makes sense, on CUDA where there is one."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from hf_tiered_cache import TieredCacheConfig
+
+NO_CUDA = "no CUDA device"
+HAS_CPU_LANE = "cpu_share" in {field.name for field in fields(TieredCacheConfig)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that ask for `device` run once on each."""
+    if "device" in metafunc.fixturenames:
+        has_none = not torch.cuda.is_available()
+        cuda = pytest.param("cuda", marks=pytest.mark.skipif(has_none, reason=NO_CUDA))
+        metafunc.parametrize("device", ["cpu", cuda], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that this run of the test is about."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """A CUDA device, or the test is skipped."""
+    if not torch.cuda.is_available():
+        pytest.skip(NO_CUDA)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def copy_lane() -> dict[str, float]:
+    """The knob that lets no block be attended by the CPU of a GPU: bits are promised then."""
+    return {"cpu_share": 0.0} if HAS_CPU_LANE else {}

@@ -31,7 +31,7 @@ def append_tokens(
     block_keys, block_values = layout.keys(view.blocks), layout.values(view.blocks)
     column, offset = divmod(start_token - view.first_token, layout.block_tokens)
     written = 0
-    for slots in view.table[:, column:].long().unbind(1):
+    for slots in view.device_table[:, column:].long().unbind(1):
         count = min(layout.block_tokens - offset, keys.shape[2] - written)
         if count <= 0:
             break
@@ -62,7 +62,7 @@ def attend_blocks(
     layout = view.layout
     heads, num_queries = query.shape[1], query.shape[2]
     step = max(1, SCORES_ELEMENTS // (query.shape[0] * heads * layout.block_tokens))
-    for column, slots in enumerate(view.table.long().unbind(1)):
+    for column, slots in enumerate(view.device_table.long().unbind(1)):
         first = view.first_token + column * layout.block_tokens
         count = min(layout.block_tokens, kv_tokens - first)
         if count <= 0:
@@ -92,6 +92,12 @@ def attend_blocks(
                 bias_part,
             )
             _fold(state, part, *partial)
+
+
+@torch.no_grad()
+def join_states(state: RunningState, other: RunningState) -> None:
+    """Fold `other` into `state`; see `ops.join_states`."""
+    _fold(state, slice(None), other.acc, other.max, other.sum)
 
 
 @torch.no_grad()
@@ -170,7 +176,7 @@ def _block_partial(
 
 
 def _fold(state: RunningState, part: slice, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """Join one block's partial to the running state of the queries in `part`."""
+    """Join a partial to the running state of the queries in `part`."""
     new_max = torch.maximum(state.max[:, :, part], row_max)
     keep, add = _weight(state.max[:, :, part], new_max), _weight(row_max, new_max)
     state.acc[:, :, part] = state.acc[:, :, part] * keep[..., None] + acc * add[..., None]

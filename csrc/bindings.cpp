@@ -1,9 +1,7 @@
-// The door to Python: integers to pointers, tuples to structs. Knows no torch. Arguments were
-// checked by hf_tiered_cache/kernels/ops.py; here only what Python cannot see cheaply.
-#include <pybind11/pybind11.h>
+// The door to Python. Knows no torch. Arguments were checked by hf_tiered_cache/kernels/ops.py;
+// here only what Python cannot see cheaply.
 #include <pybind11/stl.h>
 
-#include <array>
 #include <chrono>
 #include <memory>
 #include <stdexcept>
@@ -13,6 +11,7 @@
 #include "attention_worker.h"
 #include "block_io.h"
 #include "paged_attention.h"
+#include "python_arguments.h"
 #include "xxh3.h"
 
 namespace py = pybind11;
@@ -21,104 +20,18 @@ using hf_tiered_cache::AttentionJob;
 using hf_tiered_cache::AttentionParams;
 using hf_tiered_cache::AttentionWorker;
 using hf_tiered_cache::BlockIO;
-using hf_tiered_cache::BlockView;
-using hf_tiered_cache::DType;
 using hf_tiered_cache::FinishParams;
 using hf_tiered_cache::KernelChoice;
 using hf_tiered_cache::Kernels;
 using hf_tiered_cache::Move;
-using hf_tiered_cache::OutputRows;
-using hf_tiered_cache::RunningStateRows;
+using hf_tiered_cache::pointer;
 
 namespace {
-
-template <size_t kCount>
-std::array<int64_t, kCount> integers(const py::tuple& tuple) {
-  if (tuple.size() != kCount) throw py::index_error("a tuple has the wrong length");
-  std::array<int64_t, kCount> values;
-  for (size_t i = 0; i < kCount; ++i) values[i] = PyLong_AsLongLong(tuple[i].ptr());
-  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return values;
-}
-
-template <class Pointer>
-Pointer* pointer(int64_t address) {
-  return reinterpret_cast<Pointer*>(static_cast<intptr_t>(address));
-}
 
 const Kernels& kernels_numbered(int number) {
   const KernelChoice choice = hf_tiered_cache::kernel_choice(number);
   if (choice.reason != nullptr) throw std::invalid_argument(choice.reason);
   return *choice.kernels;
-}
-
-RunningStateRows state_rows(const py::object& state) {
-  if (state.is_none()) return {nullptr, nullptr, nullptr};
-  const auto addresses = integers<3>(py::reinterpret_borrow<py::tuple>(state));
-  return {pointer<float>(addresses[0]), pointer<float>(addresses[1]),
-          pointer<float>(addresses[2])};
-}
-
-OutputRows output_rows(const py::object& out) {
-  OutputRows rows = {};
-  if (out.is_none()) return rows;
-  const auto numbers = integers<7>(py::reinterpret_borrow<py::tuple>(out));
-  rows.out = pointer<void>(numbers[0]);
-  for (int i = 0; i < 4; ++i) rows.stride[i] = numbers[1 + i];
-  rows.lse = pointer<float>(numbers[5]);
-  rows.sinks = pointer<const float>(numbers[6]);
-  return rows;
-}
-
-// A view of blocks as hf_tiered_cache/kernels/view.py hands it over, and what else it says.
-struct View {
-  BlockView blocks;
-  int64_t element_bytes;
-  int64_t first_token;
-};
-
-View block_view(const py::tuple& arguments) {
-  const auto n = integers<12>(arguments);
-  return {{pointer<const uint8_t>(n[0]), n[1], n[2], n[3], n[4], n[5], n[6],
-           pointer<const int32_t>(n[8]), n[9], n[10]},
-          n[7],
-          n[11]};
-}
-
-AttentionParams attention_params(int dtype, int64_t query, const py::tuple& query_shape,
-                                 const py::tuple& query_stride, const py::tuple& view,
-                                 int64_t kv_tokens, int64_t query_start, bool causal, float scale,
-                                 float softcap, int64_t starts, const py::object& mask,
-                                 const py::object& state, const py::object& out,
-                                 int num_threads) {
-  AttentionParams p = {};
-  p.dtype = static_cast<DType>(dtype);
-  p.num_threads = num_threads;
-  const auto shape = integers<4>(query_shape);
-  const auto stride = integers<4>(query_stride);
-  p.batch = shape[0];
-  p.heads = shape[1];
-  p.queries = shape[2];
-  p.query = pointer<const void>(query);
-  for (int i = 0; i < 3; ++i) p.query_stride[i] = stride[i];
-  const View seen = block_view(view);
-  p.view = seen.blocks;
-  p.first_token = seen.first_token;
-  p.kv_tokens = kv_tokens;
-  p.query_start = query_start;
-  p.causal = causal;
-  p.scale = scale;
-  p.softcap = softcap;
-  p.has_prefetch = hf_tiered_cache::wants_prefetch();
-  p.starts = pointer<const int32_t>(starts);
-  if (!mask.is_none()) {
-    const auto numbers = integers<5>(py::reinterpret_borrow<py::tuple>(mask));
-    p.mask = pointer<const uint8_t>(numbers[0]);
-    for (int i = 0; i < 4; ++i) p.mask_stride[i] = numbers[1 + i];
-  }
-  p.state = state_rows(state);
-  p.output = output_rows(out);
-  return p;
 }
 
 // A Python function of the arguments of `attention_params`; runs without the interpreter lock.
@@ -129,9 +42,11 @@ auto with_params(Run run) {
                int64_t query_start, bool causal, float scale, float softcap, int64_t starts,
                const py::object& mask, const py::object& state, const py::object& out,
                int num_threads) {
-    const AttentionParams p =
-        attention_params(dtype, query, query_shape, query_stride, view, kv_tokens, query_start,
-                         causal, scale, softcap, starts, mask, state, out, num_threads);
+    AttentionParams p = hf_tiered_cache::attention_params(
+        dtype, query, query_shape, query_stride, view, kv_tokens, query_start, causal, scale,
+        softcap, starts, mask, state, out);
+    p.num_threads = num_threads;
+    p.has_prefetch = hf_tiered_cache::wants_prefetch();
     const Kernels& chosen = kernels_numbered(kernel);
     py::gil_scoped_release unlocked;
     hf_tiered_cache::check_slots(p);
@@ -230,15 +145,18 @@ std::shared_ptr<AttentionJob> new_job(int kernel, int dtype, int64_t query,
   auto job = std::make_shared<AttentionJob>();
   job->kernels = &kernels_numbered(kernel);
   for (const py::tuple& view : views) {
-    job->calls.push_back(attention_params(dtype, query, query_shape, query_stride, view, kv_tokens,
-                                          query_start, causal, scale, softcap, 0, py::none(), state,
-                                          py::none(), num_threads));
-    hf_tiered_cache::check_slots(job->calls.back());
+    AttentionParams p = hf_tiered_cache::attention_params(
+        dtype, query, query_shape, query_stride, view, kv_tokens, query_start, causal, scale,
+        softcap, 0, py::none(), state, py::none());
+    p.num_threads = num_threads;
+    p.has_prefetch = hf_tiered_cache::wants_prefetch();
+    hf_tiered_cache::check_slots(p);
+    job->calls.push_back(p);
   }
-  const auto shape = integers<4>(query_shape);
+  const auto shape = hf_tiered_cache::integers<4>(query_shape);
   job->num_rows = shape[0] * shape[1] * shape[2];
   job->value_dim = views.empty() ? 0 : job->calls.front().view.value_dim;
-  job->state = state_rows(state);
+  job->state = hf_tiered_cache::state_rows(state);
   job->ready = {pointer<uint32_t>(ready), value};
   job->done = {pointer<uint32_t>(done), value};
   return job;
@@ -291,16 +209,8 @@ PYBIND11_MODULE(_C, m) {
       "finish",
       [](int kernel, int dtype, const py::tuple& shape, const py::object& state,
          const py::object& out, int num_threads) {
-        FinishParams p = {};
-        const auto sizes = integers<4>(shape);
-        p.dtype = static_cast<DType>(dtype);
+        FinishParams p = hf_tiered_cache::finish_params(dtype, shape, state, out);
         p.num_threads = num_threads;
-        p.batch = sizes[0];
-        p.heads = sizes[1];
-        p.queries = sizes[2];
-        p.value_dim = sizes[3];
-        p.state = state_rows(state);
-        p.output = output_rows(out);
         const Kernels& chosen = kernels_numbered(kernel);
         py::gil_scoped_release unlocked;
         chosen.finish(p);
@@ -312,23 +222,8 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t keys, const py::tuple& key_shape, const py::tuple& key_stride, int64_t values,
          const py::tuple& value_stride, const py::tuple& view, int64_t start_token,
          int num_threads) {
-        AppendParams p = {};
-        const auto key_strides = integers<4>(key_stride);
-        const auto value_strides = integers<4>(value_stride);
-        const auto shape = integers<4>(key_shape);
-        const View seen = block_view(view);
-        p.keys = pointer<const uint8_t>(keys);
-        p.values = pointer<const uint8_t>(values);
-        for (int i = 0; i < 4; ++i) {
-          p.key_stride[i] = key_strides[i];
-          p.value_stride[i] = value_strides[i];
-        }
-        p.view = seen.blocks;
-        p.blocks = const_cast<uint8_t*>(p.view.blocks);
-        p.batch = shape[0];
-        p.tokens = shape[2];
-        p.element_bytes = seen.element_bytes;
-        p.start_token = start_token - seen.first_token;
+        AppendParams p = hf_tiered_cache::append_params(keys, key_shape, key_stride, values,
+                                                        value_stride, view, start_token);
         p.num_threads = num_threads;
         py::gil_scoped_release unlocked;
         hf_tiered_cache::append_tokens(p);

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_tiered_cache.kernels import loader, ops
+from hf_tiered_cache.kernels import cores, loader, ops
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 
 import benchmarking
@@ -99,11 +99,11 @@ class Layer:
 
     def read(self) -> None:
         """The probe: read the same planes of the same blocks with the same threads."""
-        kernel = loader.chosen_kernel()
-        assert kernel.core is not None
-        kernel.core.read_probe(
-            kernel.number,
-            ops.DTYPE_NUMBERS[self.dtype],
+        core = loader.chosen_kernel().core
+        assert isinstance(core, cores.CpuCore)
+        core.module.read_probe(
+            core.number,
+            cores.DTYPE_NUMBERS[self.dtype],
             self.query.data_ptr(),
             self.query.shape,
             self.query.stride(),

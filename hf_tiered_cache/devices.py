@@ -5,14 +5,18 @@ once. A CUDA device has a copy lane, pinned host memory and, where the CUDA core
 lane.
 """
 
+from types import ModuleType
+
 import torch
 
 from hf_tiered_cache.config import free_memory_bytes
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.errors import UnsupportedInputError
-from hf_tiered_cache.kernels.loader import compiled_core
+from hf_tiered_cache.kernels import flash
+from hf_tiered_cache.kernels.loader import chosen_kernel, cuda_core
+from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import numa
-from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane, cuda_core
+from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.pinning import CudaPinning, Pinning
 
@@ -39,7 +43,7 @@ def free_bytes(device: torch.device) -> int:
 
 def copy_lane(device: torch.device) -> CopyLane | None:
     """What carries blocks between the device and host memory; None where they are the same."""
-    return None if device.type == "cpu" else CudaLane(device)
+    return None if device.type == "cpu" else CudaLane(device, _cuda_module())
 
 
 def pinning(device: torch.device) -> Pinning | None:
@@ -49,17 +53,26 @@ def pinning(device: torch.device) -> Pinning | None:
 
 def cpus_near(device: torch.device) -> frozenset[int]:
     """The processors whose memory the device reaches fastest; none where that is not known."""
-    if device.type == "cpu":
+    module = None if device.type == "cpu" else _cuda_module()
+    if module is None:
         return frozenset()
-    properties = torch.cuda.get_device_properties(device)
-    parts = [getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]
-    return numa.cpus_near("{:04x}:{:02x}:{:02x}.0".format(*parts))
+    return numa.cpus_near(module.device_properties(device.index)["pci_bus_id"])
 
 
 def cpu_lane(device: torch.device) -> CpuLane | None:
     """What attends host blocks beside the device; None where the device is the CPU, or where the
-    compiled cores that it needs were not built."""
-    core = None if device.type == "cpu" else cuda_core()
-    if core is None or compiled_core()[0] is None:
+    compiled cores that it needs do not run."""
+    module = None if device.type == "cpu" else _cuda_module()
+    if module is None or chosen_kernel().core is None:
         return None
-    return CpuLane(CudaFlags(device, core))
+    return CpuLane(CudaFlags(device, module))
+
+
+def group_columns(layout: BlockLayout, device: torch.device) -> int:
+    """Blocks of a sequence that attention on the device takes at once."""
+    return 1 if device.type == "cpu" else flash.group_columns(layout)
+
+
+def _cuda_module() -> ModuleType | None:
+    core, _ = cuda_core()
+    return None if core is None else core.module

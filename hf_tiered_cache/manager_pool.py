@@ -112,6 +112,7 @@ class ManagerPool:
             self._expected_tables,
             split=split,
             cpu_lane=place.cpu_lane,
+            group_columns=devices.group_columns(layout, device),
         )
         others = [other for (_, where), other in self._managers.items() if where == device]
         for sharer in [*others, manager] if others else []:

@@ -99,6 +99,17 @@ def check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None
         _refuse("state strides", state.acc.stride(), "contiguous tensors")
 
 
+def check_join(state: RunningState, other: RunningState) -> None:
+    """Refuse to join states of other queries, precision or device."""
+    mine, theirs = state.acc, other.acc
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.device != theirs.device:
+        _refuse(
+            "other state",
+            f"{theirs.dtype} {list(theirs.shape)} on {theirs.device}",
+            f"{mine.dtype} {list(mine.shape)} on {mine.device}",
+        )
+
+
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
     """Refuse an output that the result does not fit."""
     is_near = (out.is_cpu and like.is_cpu) or out.device == like.device

@@ -3,6 +3,9 @@
 The compiled core (`hf_tiered_cache._C`) holds the same kernels built for several instruction
 sets; "reference" is plain torch and always there. The best one the processor can run is chosen
 once. `HF_TIERED_CACHE_KERNEL` or `use_kernel` forces one.
+
+Tensors on a CUDA device go to the kernels of `hf_tiered_cache._cuda`, if it was built and finds
+that device; tensors anywhere else to the reference. To force "reference" forces it everywhere.
 """
 
 import os
@@ -13,9 +16,12 @@ from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
+import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from hf_tiered_cache.errors import KernelUnavailableError
+from hf_tiered_cache.kernels.cores import Core, CpuCore, CudaCore
 
 logger = logging.get_logger(__name__)
 
@@ -23,21 +29,19 @@ REFERENCE = "reference"
 ENVIRONMENT_VARIABLE = "HF_TIERED_CACHE_KERNEL"
 BUILD_COMMAND = "pip install --no-build-isolation -e . (or: python setup.py build_ext --inplace)"
 
-_forced: ContextVar[str | None] = ContextVar("hf_tiered_cache_kernel", default=None)
-
 
 class Kernel:
-    """A chosen kernel: its name and, if compiled, the core and its number there."""
+    """A chosen kernel: its name and, if compiled, the core that runs it."""
 
-    __slots__ = ("core", "name", "number")
+    __slots__ = ("core", "name")
 
-    def __init__(self, name: str, core: ModuleType | None, number: int) -> None:
+    def __init__(self, name: str, core: Core | None) -> None:
         self.name = name
         self.core = core
-        self.number = number
 
 
-_REFERENCE_KERNEL = Kernel(REFERENCE, None, -1)
+_REFERENCE_KERNEL = Kernel(REFERENCE, None)
+_forced: ContextVar[Kernel | None] = ContextVar("hf_tiered_cache_kernel", default=None)
 
 
 @lru_cache(maxsize=1)
@@ -79,7 +83,7 @@ def kernel_named(name: str) -> Kernel:
             f"Available: {', '.join(available_kernels())}. Unavailable: {missing or 'none'}."
         )
     numbers = {known: number for number, (known, _) in enumerate(core.kernels())}
-    return Kernel(name, core, numbers[name])
+    return Kernel(name, CpuCore(core, numbers[name]))
 
 
 @lru_cache(maxsize=1)
@@ -98,21 +102,67 @@ def default_kernel() -> Kernel:
 
 
 def chosen_kernel() -> Kernel:
-    """The kernel for this call: the one forced by `use_kernel`, else the default."""
-    name = _forced.get()
-    return default_kernel() if name is None else kernel_named(name)
+    """The kernel for the CPU: the one forced by `use_kernel`, else the default."""
+    return _forced.get() or default_kernel()
 
 
-def backend() -> str:
-    """Name of the kernel that runs CPU attention, e.g. "avx512" or "reference"."""
-    return chosen_kernel().name
+@lru_cache(maxsize=1)
+def cuda_core() -> tuple[CudaCore | None, str]:
+    """The CUDA core, or None and the reason why it cannot run here."""
+    try:
+        module = import_module("hf_tiered_cache._cuda")
+    except ImportError as error:
+        return None, f"the CUDA core was not built ({error}); install again where nvcc is found"
+    num_devices, reason = module.device_count()
+    return (CudaCore(module), "") if num_devices > 0 else (None, reason)
+
+
+def missing_core(device: torch.device) -> str:
+    """Why no compiled core works on tensors of this device; empty if one does."""
+    if device.type == "cpu":
+        return compiled_core()[1]
+    if device.type == "cuda":
+        return cuda_core()[1]
+    return "compiled kernels are for cpu and cuda"
+
+
+@cache
+def _device_kernel(device_type: str) -> Kernel:
+    """The kernel for tensors that are not on the CPU; says once why it is not a compiled one."""
+    core = cuda_core()[0] if device_type == "cuda" else None
+    if core is None:
+        why = missing_core(torch.device(device_type))
+        logger.warning_once(
+            f"hf_tiered_cache runs on plain torch on {device_type}, which is slower: {why}."
+        )
+        return _REFERENCE_KERNEL
+    return Kernel("cuda", core)
+
+
+def kernel_for(tensor: Tensor) -> Kernel:
+    """The kernel that works on tensors beside this one."""
+    if tensor.is_cpu:
+        return _forced.get() or default_kernel()
+    return _kernel_on(tensor.device.type)
+
+
+def _kernel_on(device_type: str) -> Kernel:
+    if device_type == "cpu":
+        return chosen_kernel()
+    forced = _forced.get()
+    name = os.environ.get(ENVIRONMENT_VARIABLE) if forced is None else forced.name
+    return _REFERENCE_KERNEL if name == REFERENCE else _device_kernel(device_type)
+
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """Name of the kernel that runs attention on a device, e.g. "avx512", "cuda", "reference"."""
+    return _kernel_on(torch.device(device).type).name
 
 
 @contextmanager
-def use_kernel(name: str) -> Iterator[None]:
+def use_kernel(kernel: str | Kernel) -> Iterator[None]:
     """Force one kernel inside the `with`, for this thread. Raises KernelUnavailableError."""
-    kernel_named(name)
-    token = _forced.set(name)
+    token = _forced.set(kernel_named(kernel) if isinstance(kernel, str) else kernel)
     try:
         yield
     finally:

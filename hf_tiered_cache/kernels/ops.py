@@ -20,11 +20,18 @@ from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels import checks, reference
+from hf_tiered_cache.kernels.cores import (
+    DTYPE_NUMBERS,
+    MAX_HEAD_DIM,
+    Core,
+    out_pointers,
+    state_pointers,
+)
 from hf_tiered_cache.kernels.loader import (
-    Kernel,
     available_kernels,
     backend,
-    chosen_kernel,
+    kernel_for,
+    missing_core,
     use_kernel,
 )
 from hf_tiered_cache.kernels.state import AttentionState, RunningState
@@ -47,8 +54,6 @@ __all__ = [
     "use_kernel",
 ]
 
-MAX_HEAD_DIM = 256  # of the compiled core
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc: enum class DType
 _NO_LSE = torch.empty(0)  # its address is null
 
 
@@ -59,23 +64,11 @@ def append_tokens(keys: Tensor, values: Tensor, view: BlockView, start_token: in
     strides. Raises UnsupportedInputError before any write.
     """
     checks.check_append(keys, values, view, start_token)
-    kernel = chosen_kernel()
-    if kernel.core is None or not keys.is_cpu or view.layout.dtype not in DTYPE_NUMBERS:
+    core = kernel_for(keys).core
+    if core is None or view.layout.dtype not in DTYPE_NUMBERS:
         reference.append_tokens(keys, values, view, start_token)
-        return
-    try:
-        kernel.core.append(
-            keys.data_ptr(),
-            keys.shape,
-            keys.stride(),
-            values.data_ptr(),
-            values.stride(),
-            view.core_arguments,
-            start_token,
-            torch.get_num_threads(),
-        )
-    except ValueError as error:
-        raise UnsupportedInputError(f"append_tokens: {error}") from None
+    else:
+        core.append(keys, values, view, start_token)
 
 
 def paged_attention(
@@ -122,8 +115,8 @@ def paged_attention(
         checks.check_sinks(sinks, query)
     if query_start is None:
         query_start = kv_tokens - queries
-    kernel = chosen_kernel()
-    if not _runs_compiled(kernel, query, layout, bias):
+    core = _core_for(query, layout, bias)
+    if core is None:
         state = RunningState.begin(query, layout.value_dim)
         attend_blocks(
             state,
@@ -139,10 +132,8 @@ def paged_attention(
             softcap=softcap,
         )
         return finish_attention(state, out, sinks=sinks)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32) if return_lse else _NO_LSE
-    sinks = _as_float32(sinks)
-    _attend_compiled(
-        kernel,
+    lse = query.new_empty(shape[:3], dtype=torch.float32) if return_lse else _NO_LSE
+    core.attend(
         query,
         view,
         kv_tokens,
@@ -153,7 +144,7 @@ def paged_attention(
         mask,
         softcap,
         None,
-        (out.data_ptr(), *out.stride(), lse.data_ptr(), _pointer(sinks)),
+        out_pointers(out, lse, _as_float32(sinks)),
     )
     return AttentionState(out, lse)
 
@@ -182,8 +173,8 @@ def attend_blocks(
     checks.check_state(state, query, layout)
     if query_start is None:
         query_start = kv_tokens - query.shape[2]
-    kernel = chosen_kernel()
-    if not _runs_compiled(kernel, query, layout, bias):
+    core = _core_for(query, layout, bias)
+    if core is None:
         reference.attend_blocks(
             state,
             query,
@@ -198,8 +189,7 @@ def attend_blocks(
             softcap=softcap,
         )
         return
-    _attend_compiled(
-        kernel,
+    core.attend(
         query,
         view,
         kv_tokens,
@@ -209,9 +199,23 @@ def attend_blocks(
         starts,
         mask,
         softcap,
-        (state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
+        state_pointers(state),
         None,
     )
+
+
+def join_states(state: RunningState, other: RunningState) -> None:
+    """Fold `other`, a running state of the same queries over other positions, into `state`.
+
+    So may parts of the blocks be attended elsewhere, each in block order. Associative only up to
+    rounding: the same joins in the same order give the same bits.
+    """
+    checks.check_join(state, other)
+    core = kernel_for(state.acc).core
+    if core is None or not _is_compiled_state(state) or not _is_compiled_state(other):
+        reference.join_states(state, other)
+    else:
+        core.join(state, other)
 
 
 def finish_attention(
@@ -232,36 +236,12 @@ def finish_attention(
         checks.check_out(out, shape, dtype or out.dtype, state.acc)
     if sinks is not None:
         checks.check_sinks(sinks, state.acc)
-    kernel = chosen_kernel()
-    if (
-        kernel.core is None
-        or not out.is_cpu
-        or state.acc.dtype != torch.float32
-        or out.dtype not in DTYPE_NUMBERS
-        or not state.acc.is_contiguous()
-    ):
+    core = kernel_for(state.acc).core
+    if core is None or out.dtype not in DTYPE_NUMBERS or not _is_compiled_state(state):
         return AttentionState(out, reference.finish_attention(state, out, sinks))
-    sinks = _as_float32(sinks)
-    lse = torch.empty(shape[:3], dtype=torch.float32)
-    kernel.core.finish(
-        kernel.number,
-        DTYPE_NUMBERS[out.dtype],
-        shape,
-        (state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
-        (out.data_ptr(), *out.stride(), lse.data_ptr(), _pointer(sinks)),
-        torch.get_num_threads(),
-    )
+    lse = state.sum.new_empty(shape[:3])
+    core.finish(state, out.dtype, out_pointers(out, lse, _as_float32(sinks)))
     return AttentionState(out, lse)
-
-
-def join_states(state: RunningState, other: RunningState) -> None:
-    """Fold `other`, over positions that `state` has not seen, into `state`."""
-    if state.acc.shape != other.acc.shape or state.acc.dtype != other.acc.dtype:
-        raise UnsupportedInputError(
-            f"join_states: got {other.acc.dtype} {list(other.acc.shape)}, expected a state like "
-            f"the first, {state.acc.dtype} {list(state.acc.shape)}"
-        )
-    reference.join_states(state, other)
 
 
 def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionState:
@@ -280,12 +260,13 @@ def not_supported_reasons(
     *,
     bias: Tensor | None = None,
 ) -> list[str]:
-    """Why the compiled core cannot attend this, all reasons; empty if it can."""
+    """Why the compiled core of the query's device cannot attend this, all reasons; empty if it
+    can."""
     reasons = []
     if bias is not None:
         reasons.append("an additive bias")
-    if not query.is_cpu:
-        reasons.append(f"query on device {query.device}, expected cpu")
+    if not query.is_cpu and (missing := missing_core(query.device)):
+        reasons.append(f"query on device {query.device}: {missing}")
     if layout.dtype not in DTYPE_NUMBERS:
         reasons.append(f"blocks of {layout.dtype}, expected float32, bfloat16 or float16")
     if query.dtype != layout.dtype:
@@ -299,64 +280,18 @@ def not_supported_reasons(
     return reasons
 
 
-def _runs_compiled(
-    kernel: Kernel,
-    query: Tensor,
-    layout: BlockLayout,
-    bias: Tensor | None,
-) -> bool:
-    return kernel.core is not None and not not_supported_reasons(query, layout, bias=bias)
+def _core_for(query: Tensor, layout: BlockLayout, bias: Tensor | None) -> Core | None:
+    """The core that attends this; None: the reference does."""
+    core = kernel_for(query).core
+    return None if core is None or not_supported_reasons(query, layout, bias=bias) else core
 
 
-def _attend_compiled(
-    kernel: Kernel,
-    query: Tensor,
-    view: BlockView,
-    kv_tokens: int,
-    scale: float,
-    query_start: int,
-    causal: bool,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    softcap: float | None,
-    state: tuple[int, ...] | None,
-    out: tuple[int, ...] | None,
-) -> None:
-    """Hand raw pointers and strides to the core, which writes to `state` or to `out`."""
-    assert kernel.core is not None
-    try:
-        kernel.core.attend(
-            kernel.number,
-            DTYPE_NUMBERS[view.layout.dtype],
-            query.data_ptr(),
-            query.shape,
-            query.stride(),
-            view.core_arguments,
-            kv_tokens,
-            query_start,
-            causal,
-            scale,
-            softcap or 0.0,
-            0 if starts is None else starts.data_ptr(),
-            None if mask is None else _mask_pointer(mask),
-            state,
-            out,
-            torch.get_num_threads(),
-        )
-    except ValueError as error:
-        raise UnsupportedInputError(f"paged_attention: {error}") from None
-
-
-def _mask_pointer(mask: Tensor) -> tuple[int, ...]:
-    """Address and strides of a mask; a broadcast dimension has stride 0."""
-    strides = (
-        0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)
+def _is_compiled_state(state: RunningState) -> bool:
+    return (
+        state.acc.dtype == torch.float32
+        and state.acc.is_contiguous()
+        and state.acc.size(-1) <= MAX_HEAD_DIM
     )
-    return (mask.data_ptr(), *strides)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _as_float32(sinks: Tensor | None) -> Tensor | None:

@@ -31,7 +31,7 @@ def append_tokens(
     block_keys, block_values = layout.keys(view.blocks), layout.values(view.blocks)
     column, offset = divmod(start_token - view.first_token, layout.block_tokens)
     written = 0
-    for slots in view.table[:, column:].long().unbind(1):
+    for slots in view.device_table[:, column:].long().unbind(1):
         count = min(layout.block_tokens - offset, keys.shape[2] - written)
         if count <= 0:
             break
@@ -62,7 +62,7 @@ def attend_blocks(
     layout = view.layout
     heads, num_queries = query.shape[1], query.shape[2]
     step = max(1, SCORES_ELEMENTS // (query.shape[0] * heads * layout.block_tokens))
-    for column, slots in enumerate(view.table.long().unbind(1)):
+    for column, slots in enumerate(view.device_table.long().unbind(1)):
         first = view.first_token + column * layout.block_tokens
         count = min(layout.block_tokens, kv_tokens - first)
         if count <= 0:
@@ -95,6 +95,12 @@ def attend_blocks(
 
 
 @torch.no_grad()
+def join_states(state: RunningState, other: RunningState) -> None:
+    """Fold `other` into `state`; see `ops.join_states`."""
+    _fold(state, slice(None), other.acc, other.max, other.sum)
+
+
+@torch.no_grad()
 def finish_attention(state: RunningState, out: Tensor, sinks: Tensor | None) -> Tensor:
     """Write the normalised values into `out` and return the log-sum-exp (float32)."""
     row_max, row_sum = state.max, state.sum
@@ -110,12 +116,6 @@ def finish_attention(state: RunningState, out: Tensor, sinks: Tensor | None) -> 
     empty = row_sum == 0
     out.copy_(acc / torch.where(empty, 1.0, row_sum).unsqueeze(-1))
     return torch.where(empty, -torch.inf, row_max + row_sum.log()).float()
-
-
-@torch.no_grad()
-def join_states(state: RunningState, other: RunningState) -> None:
-    """Fold `other` into `state`."""
-    _fold(state, slice(None), other.acc, other.max, other.sum)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def _block_partial(
 
 
 def _fold(state: RunningState, part: slice, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
-    """Join one block's partial to the running state of the queries in `part`."""
+    """Join a partial to the running state of the queries in `part`."""
     new_max = torch.maximum(state.max[:, :, part], row_max)
     keep, add = _weight(state.max[:, :, part], new_max), _weight(row_max, new_max)
     state.acc[:, :, part] = state.acc[:, :, part] * keep[..., None] + acc * add[..., None]

@@ -16,7 +16,12 @@ class BlockView:
     blocks: uint8 [slots, layout.num_bytes]. table: int32 [batch, n], rows may be strided; its
     column 0 starts at position `first_token` (a multiple of block_tokens). Raises
     UnsupportedInputError for anything else. Both tensors must keep their memory as long as the
-    view is used; slots are checked where they are read.
+    view is used.
+
+    Where the blocks are, their table must be too: one on the CPU is checked and sent to the blocks'
+    device once, here, as `device_table`. Slots of CPU blocks are checked where they are read; those
+    of a table that was on the device already cannot be without waiting for it, so the kernels
+    leave alone what is outside the slab.
     """
 
     blocks: Tensor
@@ -24,13 +29,18 @@ class BlockView:
     layout: BlockLayout
     first_token: int = 0
     batch: int = field(init=False)
-    # For the compiled core: the order is that of `block_view` in csrc/bindings.cpp.
+    device_table: Tensor = field(init=False, repr=False)  # int32 [batch, n] beside the blocks
+    # For the compiled core: the order is that of `block_view` in csrc/python_arguments.h.
     core_arguments: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
         blocks, table, layout = self.blocks, self.table, self.layout
         object.__setattr__(self, "batch", table.size(0))
+        if table.is_cpu and not blocks.is_cpu:
+            self.check_slots()
+            table = table.contiguous().to(blocks.device, non_blocking=True)
+        object.__setattr__(self, "device_table", table)
         core_arguments = (
             blocks.data_ptr(),
             blocks.stride(0),
@@ -47,6 +57,14 @@ class BlockView:
         )
         object.__setattr__(self, "core_arguments", core_arguments)
 
+    def check_slots(self) -> None:
+        """Raise UnsupportedInputError if a slot of the CPU's table is outside the slab."""
+        if not self.table.is_cpu or self.table.numel() == 0:
+            return
+        least, most = (int(slot) for slot in self.table.aminmax())
+        if least < 0 or most >= self.blocks.size(0):
+            _refuse("table slots", f"{least} .. {most}", f"0 .. {self.blocks.size(0) - 1}")
+
     def _check(self) -> None:
         blocks, table, layout = self.blocks, self.table, self.layout
         if blocks.dtype != torch.uint8 or blocks.dim() != 2:
@@ -61,8 +79,8 @@ class BlockView:
             _refuse("table", f"{table.dtype} {list(table.shape)}", "int32 [batch, num_blocks]")
         if table.stride(1) != 1 and table.size(1) > 1:
             _refuse("table strides", table.stride(), "a contiguous last dimension")
-        if table.device != blocks.device:
-            _refuse("table device", table.device, f"that of the blocks, {blocks.device}")
+        if not table.is_cpu and table.device != blocks.device:
+            _refuse("table device", table.device, f"cpu, or that of the blocks, {blocks.device}")
         if self.first_token < 0 or self.first_token % layout.block_tokens != 0:
             _refuse(
                 "first_token", self.first_token, f"a multiple of block_tokens {layout.block_tokens}"

@@ -17,7 +17,8 @@ from hf_tiered_cache.errors import (
     UnsupportedInputError,
 )
 from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.kernels.loader import chosen_kernel, compiled_core
+from hf_tiered_cache.kernels.cores import DTYPE_NUMBERS, CpuCore, state_pointers
+from hf_tiered_cache.kernels.loader import chosen_kernel
 from hf_tiered_cache.kernels.state import RunningState
 from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
@@ -28,14 +29,19 @@ PROBE_HEAD_DIM, PROBE_TOKENS = 64, 16  # planes of 2 KiB in 16 bits: they fill a
 
 
 class AttentionWorker:
-    """One thread that does jobs in order. Raises KernelUnavailableError without a compiled core."""
+    """One thread that does jobs in order, by the kernel that is chosen when it is made.
+
+    Raises KernelUnavailableError where that is not a compiled one.
+    """
 
     def __init__(self) -> None:
-        core, reason = compiled_core()
-        if core is None:
-            raise KernelUnavailableError(f"the compiled core is missing ({reason})")
-        self._core = core
-        self._worker = core.AttentionWorker()
+        kernel = chosen_kernel()
+        if not isinstance(kernel.core, CpuCore):
+            raise KernelUnavailableError(
+                f"kernel {kernel.name!r} runs in its caller's thread only; a compiled one is needed"
+            )
+        self._core = kernel.core
+        self._worker = self._core.module.AttentionWorker()
 
     def submit(
         self,
@@ -60,9 +66,9 @@ class AttentionWorker:
         outside its slab, ClosedCacheError after close, both before anything is written.
         """
         try:
-            job = self._core.AttentionJob(
-                kernel=chosen_kernel().number,
-                dtype=ops.DTYPE_NUMBERS[views[0].layout.dtype],
+            job = self._core.module.AttentionJob(
+                kernel=self._core.number,
+                dtype=DTYPE_NUMBERS[views[0].layout.dtype],
                 query=query.data_ptr(),
                 query_shape=query.shape,
                 query_stride=query.stride(),
@@ -72,7 +78,7 @@ class AttentionWorker:
                 causal=causal,
                 scale=scale,
                 softcap=softcap or 0.0,
-                state=(state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
+                state=state_pointers(state),
                 num_threads=torch.get_num_threads(),
                 ready=flags[0],
                 done=flags[1],

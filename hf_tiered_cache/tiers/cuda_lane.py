@@ -7,7 +7,6 @@ the cache lives, so torch's allocator need not know (no `record_stream`).
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -17,14 +16,6 @@ from hf_tiered_cache.tiers.base import Transfer
 from hf_tiered_cache.tiers.cuda_clock import CudaClock
 
 PROBE_ROUNDS = 4
-
-
-def cuda_core() -> ModuleType | None:
-    """The compiled CUDA module, if it was built: its copies take fewer calls than torch's."""
-    try:
-        return import_module("hf_tiered_cache._cuda")
-    except ImportError:
-        return None
 
 
 class CudaMark:
@@ -69,13 +60,16 @@ class CudaTransfer(Transfer):
 
 
 class CudaLane:
-    """Copies between a CUDA device and pinned memory; see `CopyLane`."""
+    """Copies between a CUDA device and host memory; see `CopyLane`.
 
-    def __init__(self, device: torch.device) -> None:
+    core: the compiled CUDA module, whose copies take fewer calls than torch's; None without it.
+    """
+
+    def __init__(self, device: torch.device, core: ModuleType | None) -> None:
         self._device = device
         self._loads = torch.cuda.Stream(device)
         self._stores = torch.cuda.Stream(device)
-        self._core = cuda_core()
+        self._core = core
         self._counters = LaneCounters()
         self._busy, self._waits = CudaClock(), CudaClock()
 
@@ -87,16 +81,26 @@ class CudaLane:
         """The moment at which all that the current stream was given so far is done."""
         return CudaMark(self._current().record_event(), self._loads)
 
-    def load(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
-        """Copy pinned memory to the device."""
-        transfer = self._copy(self._loads, sources, targets, is_load=True)
+    def load(
+        self,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        is_pinned: bool = True,
+    ) -> Transfer:
+        """Copy host memory to the device."""
+        transfer = self._copy(self._loads, sources, targets, is_pinned, is_load=True)
         self._counters.moved_bytes += sum(block.numel() for block in targets)
         return transfer
 
-    def store(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
-        """Copy memory of the device to pinned memory, after what the current stream was given."""
+    def store(
+        self,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        is_pinned: bool = True,
+    ) -> Transfer:
+        """Copy memory of the device to host memory, after what the current stream was given."""
         self._stores.wait_event(self._current().record_event())
-        return self._copy(self._stores, sources, targets, is_load=False)
+        return self._copy(self._stores, sources, targets, is_pinned, is_load=False)
 
     def hold(self, event: torch.cuda.Event) -> None:
         """Let the current stream wait for an event, and count how long it stood still."""
@@ -136,17 +140,20 @@ class CudaLane:
         stream: torch.cuda.Stream,
         sources: Sequence[torch.Tensor],
         targets: Sequence[torch.Tensor],
+        is_pinned: bool,
         is_load: bool,
     ) -> Transfer:
         begin = self._busy.begin(stream) if is_load else None
         if self._core is not None:
+            directions = self._core.CopyDirection
             self._core.copy(
                 self._device.index,
                 stream.cuda_stream,
                 [block.data_ptr() for block in targets],
                 [block.data_ptr() for block in sources],
-                targets[0].numel(),
-                is_load,
+                [block.numel() for block in targets],
+                directions.HOST_TO_DEVICE if is_load else directions.DEVICE_TO_HOST,
+                is_pinned,
             )
         else:
             with torch.cuda.stream(stream):

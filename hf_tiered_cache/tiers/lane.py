@@ -36,11 +36,21 @@ class CopyLane(Protocol):
     def mark(self) -> Mark:
         """The moment at which all that the device was given so far is done."""
 
-    def load(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
-        """Copy pinned memory to the device."""
+    def load(
+        self,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        is_pinned: bool = True,
+    ) -> Transfer:
+        """Copy host memory to the device; where that is not pinned the CPU may wait for it."""
 
-    def store(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
-        """Copy memory of the device to pinned memory."""
+    def store(
+        self,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        is_pinned: bool = True,
+    ) -> Transfer:
+        """Copy memory of the device to host memory, likewise."""
 
     def settle(self) -> None:
         """Wait until no copy is under way: the memory may go."""

@@ -56,6 +56,11 @@ class BounceRing:
         return relay
 
     @property
+    def is_pinned(self) -> bool:
+        """Whether the memory is pinned; where that was refused, copies are slower."""
+        return self._memory.is_pinned(self.num_slots - 1)
+
+    @property
     def slab(self) -> torch.Tensor:
         """uint8 `[num_slots, block_bytes]`, all slots; nobody may be using them."""
         return self._memory.slab[: self.num_slots]
@@ -126,7 +131,7 @@ class LaneTier(Tier):
             return self._ring.pass_through(
                 len(slots[part]),
                 lambda bounced: self.tier.read(slots[part], bounced),
-                lambda bounced: self._lane.load(bounced, out[part]),
+                lambda bounced: self._lane.load(bounced, out[part], self._ring.is_pinned),
             )
 
         return self._in_parts(len(slots), load)
@@ -141,7 +146,7 @@ class LaneTier(Tier):
         def store(part: slice) -> Transfer:
             return self._ring.pass_through(
                 len(slots[part]),
-                lambda bounced: self._lane.store(data[part], bounced),
+                lambda bounced: self._lane.store(data[part], bounced, self._ring.is_pinned),
                 lambda bounced: self.tier.write(slots[part], bounced),
             )
 

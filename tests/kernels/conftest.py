@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
@@ -11,16 +12,19 @@ from hf_tiered_cache.layout import BlockLayout
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that ask for `kernel` run once per kernel that this machine can run."""
+    """Tests that ask for `kernel` run once per kernel that this machine can run, and once with the
+    CUDA core emulated."""
     if "kernel" in metafunc.fixturenames:
-        metafunc.parametrize("kernel", ops.available_kernels(), indirect=True)
+        names = (*ops.available_kernels(), emulated.NAME)
+        metafunc.parametrize("kernel", names, indirect=True)
 
 
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest):
     """The name of the kernel that runs inside this test."""
-    with ops.use_kernel(request.param):
-        yield request.param
+    name = request.param
+    with ops.use_kernel(emulated.kernel() if name == emulated.NAME else name):
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,12 @@
 """Threads change nothing: not their number, not callers at once, not a fork."""
 
+import contextvars
 import os
 import sys
 import threading
 
 import pytest
 import torch
-
-from hf_tiered_cache.kernels import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -17,6 +16,11 @@ def large(make_case, queries: int, dtype: torch.dtype):
     return make_case(
         batch=2, kv_heads=4, group=4, queries=queries, tokens=1100, block_tokens=64, dtype=dtype
     )
+
+
+def in_this_context(call, *arguments) -> threading.Thread:
+    """A thread that is forced to the kernel of the test."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(call, *arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,12 +43,11 @@ def test_calls_from_several_python_threads_at_once(make_case, kernel, two_thread
     wrong: list[int] = []
 
     def call(index: int) -> None:
-        with ops.use_kernel(kernel):
-            for _ in range(8):
-                if not torch.equal(cases[index].attend().out, expected[index]):
-                    wrong.append(index)
+        for _ in range(8):
+            if not torch.equal(cases[index].attend().out, expected[index]):
+                wrong.append(index)
 
-    callers = [threading.Thread(target=call, args=(number % 2,)) for number in range(4)]
+    callers = [in_this_context(call, number % 2) for number in range(4)]
     for caller in callers:
         caller.start()
     for caller in callers:
@@ -61,11 +64,10 @@ def test_the_interpreter_runs_on_during_a_call(make_case, kernel, two_threads):
     done = threading.Event()
 
     def call() -> None:
-        with ops.use_kernel(kernel):
-            case.attend()
+        case.attend()
         done.set()
 
-    caller = threading.Thread(target=call)
+    caller = in_this_context(call)
     interval = sys.getswitchinterval()
     caller.start()
     while not done.is_set():

@@ -180,7 +180,7 @@ class LateLane:
     def mark(self) -> LateMark:
         return LateMark(self.device)
 
-    def load(self, sources, targets) -> Transfer:
+    def load(self, sources, targets, is_pinned=True) -> Transfer:
         self.num_loads += len(sources)
         sources, targets = list(sources), list(targets)
         assert all(map(self.carries, targets))
@@ -197,7 +197,7 @@ class LateLane:
         self.counters.moved_bytes += sum(target.numel() for target in targets)
         return LateCopy(self.device, self.device.loads.give(end))
 
-    def store(self, sources, targets) -> Transfer:
+    def store(self, sources, targets, is_pinned=True) -> Transfer:
         self.num_stores += len(sources)
         sources, targets = list(sources), list(targets)
         assert all(map(self.carries, sources))

@@ -1,0 +1,120 @@
+// Where things lie and who may attend what, for the tile of rows of one CUDA block.
+//
+// A unit is a fixed run of tokens of a block: what one partial is made of. A row is one query of
+// one head; the rows of a key-value head are numbered query by query, the heads of its group side
+// by side, so that a tile of rows is narrow in position. Bits depend on units alone: not on the
+// tile a row is in, not on the round it is done in.
+#pragma once
+
+#include "block.cuh"
+#include "element.cuh"
+
+namespace hf_tiered_cache {
+namespace {
+
+constexpr int kUnitTokens = 256;
+
+// What one launch does of a call: units [first_unit, first_unit + units) of queries [first_query,
+// first_query + queries), as partials [units][batch, heads, queries].
+struct Round {
+  int64_t first_unit;
+  int64_t units;
+  int64_t units_per_block;
+  int64_t first_query;
+  int64_t queries;
+  int64_t row_tiles;
+  RunningStateRows partials;
+};
+
+struct Row {
+  int64_t head;
+  int64_t query;
+};
+
+// Tokens [begin, end) of the unit that some row of the tile may attend, counted from its first.
+// Nothing outside is ever read: the rest of the block may hold anything.
+struct Tile {
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t unit;       // of the round
+  int64_t column;     // of the table
+  int64_t first_row;  // rows [first_row, first_row + rows) of the kv_head
+  int rows;
+  int64_t offset;    // tokens from the block's first to the unit's
+  int64_t position;  // of the unit's first token
+  int begin;
+  int end;
+};
+
+__device__ __forceinline__ Row RowOf(const AttentionParams& p, const Round& round, const Tile& tile,
+                                     int row) {
+  const int64_t group = p.heads / p.view.kv_heads;
+  const int64_t number = tile.first_row + row;
+  return {tile.kv_head * group + number % group, round.first_query + number / group};
+}
+
+// The tile of this CUDA block: grid (units x row tiles, kv_heads, batch), the tiles that read the
+// same unit side by side, so that they find it in the L2 cache.
+template <int kRows>
+__device__ __forceinline__ Tile ThisTile(const AttentionParams& p, const Round& round) {
+  Tile tile;
+  tile.sequence = blockIdx.z;
+  tile.kv_head = blockIdx.y;
+  tile.unit = blockIdx.x / round.row_tiles;
+  tile.first_row = blockIdx.x % round.row_tiles * kRows;
+  const int64_t all_rows = p.heads / p.view.kv_heads * round.queries;
+  tile.rows = static_cast<int>(Min(kRows, all_rows - tile.first_row));
+  const int64_t number = round.first_unit + tile.unit;
+  tile.column = number / round.units_per_block;
+  tile.offset = number % round.units_per_block * kUnitTokens;
+  tile.position = p.first_token + tile.column * p.view.block_tokens + tile.offset;
+  int64_t begin = 0;
+  int64_t end =
+      Min(Min(kUnitTokens, p.view.block_tokens - tile.offset), p.kv_tokens - tile.position);
+  if (p.starts != nullptr) begin = Max(0, p.starts[tile.sequence] - tile.position);
+  if (p.causal) {
+    const int64_t last_query = RowOf(p, round, tile, tile.rows - 1).query;
+    end = Min(end, p.query_start + last_query + 1 - tile.position);
+  }
+  tile.end = static_cast<int>(Max(0, end));
+  tile.begin = static_cast<int>(Min(begin, tile.end));
+  return tile;
+}
+
+// Where the row's partial is in the round.
+__device__ __forceinline__ int64_t PartialIndex(const AttentionParams& p, const Round& round,
+                                                const Tile& tile, const Row& row) {
+  return ((tile.unit * p.batch + tile.sequence) * p.heads + row.head) * round.queries + row.query -
+         round.first_query;
+}
+
+// The keys and the values of the unit, one row per token.
+template <DType kType>
+__device__ __forceinline__ const Element<kType>* KeyRows(const AttentionParams& p, const Tile& tile,
+                                                         int64_t slot) {
+  const BlockView& view = p.view;
+  const auto* block = reinterpret_cast<const Element<kType>*>(view.blocks + slot * view.slot_bytes);
+  return block + (tile.kv_head * view.block_tokens + tile.offset) * view.key_dim;
+}
+
+template <DType kType>
+__device__ __forceinline__ const Element<kType>* ValueRows(const AttentionParams& p,
+                                                           const Tile& tile, int64_t slot) {
+  const BlockView& view = p.view;
+  const auto* block = reinterpret_cast<const Element<kType>*>(view.blocks + slot * view.slot_bytes);
+  return block + view.kv_heads * view.block_tokens * view.key_dim +
+         (tile.kv_head * view.block_tokens + tile.offset) * view.value_dim;
+}
+
+// Whether the row may attend token `t` of the unit, a token of [tile.begin, tile.end).
+__device__ __forceinline__ bool MayAttend(const AttentionParams& p, const Tile& tile,
+                                          const Row& row, int t) {
+  const int64_t position = tile.position + t;
+  if (p.causal && position > p.query_start + row.query) return false;
+  if (p.mask == nullptr) return true;
+  return p.mask[tile.sequence * p.mask_stride[0] + row.head * p.mask_stride[1] +
+                row.query * p.mask_stride[2] + position * p.mask_stride[3]] != 0;
+}
+
+}  // namespace
+}  // namespace hf_tiered_cache

@@ -377,7 +377,7 @@ class TieredCache(DynamicCache):
             block_tokens=first.layout.block_tokens if first else self._block_tokens(),
             block_bytes=first.layout.num_bytes if first else 0,
             cold_blocks=sum(manager.num_cold_blocks() for manager in pool.managers),
-            kernel=ops.backend(),
+            kernel=" + ".join(pool.kernels()) or ops.backend(),
             tiers=pool.tier_stats(),
             lanes=pool.lane_stats(),
             counters=pool.counters(),

@@ -21,6 +21,7 @@ from hf_tiered_cache.config import (
 )
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.errors import ClosedCacheError
+from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.metrics import Counters, LaneStats, TierStats
@@ -226,6 +227,11 @@ class ManagerPool:
                 if lane is not None:
                     rows.append(LaneStats(name, part, **vars(lane.measure())))
         return tuple(rows)
+
+    def kernels(self) -> list[str]:
+        """The kernel of each kind of device, as `ops.backend` names it."""
+        kinds = dict.fromkeys(device.type for device in self._places)
+        return [ops.backend(kind) for kind in kinds]
 
     def share(self) -> "ManagerPool":
         """Count one more owner (a fork); each owner calls `release` once."""

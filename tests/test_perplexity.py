@@ -372,6 +372,13 @@ def test_a_flip_counts_as_rounding_up_to_the_dtypes_rounding_only(tmp_path):
     assert found.max_delta_logit == float("inf")
 
 
+def test_logits_that_do_not_fit_on_the_disk_are_refused_before_anything_is_written(tmp_path):
+    reference = scoring.Reference(1 << 50, str(tmp_path))
+    with pytest.raises(DataError, match=r"take 4\.0 PiB, but .* smaller context or another"):
+        reference.keep(0, torch.zeros(1, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_budgets_leave_the_asked_share_off_the_device():
     shape = scoring.BlockShape(block_tokens=32, block_bytes=1000, num_layers=4)
     assert shape.num_blocks(320) == 40

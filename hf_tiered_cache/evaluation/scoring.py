@@ -20,9 +20,11 @@ import xxhash
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_tiered_cache.cache import TieredCache
-from hf_tiered_cache.evaluation.documents import Document
+from hf_tiered_cache.config import disk_directory, free_disk_bytes
+from hf_tiered_cache.evaluation.documents import DataError, Document
 from hf_tiered_cache.evaluation.models import ModelError
 from hf_tiered_cache.metrics import CacheStats
+from hf_tiered_cache.sizes import format_bytes
 
 MIN_BLOCK_TOKENS = 16
 ROWS_AT_ONCE = 128  # of the logits, in float64
@@ -138,16 +140,26 @@ def make_windows(
 
 
 class Reference:
-    """Logits `[rows, vocabulary]` of a pass in a file that has no name: they may not fit in RAM."""
+    """Logits `[rows, vocabulary]` of a pass in a file that has no name: they may not fit in RAM.
+
+    folder: where; default: that of the disk tier.
+    """
 
     def __init__(self, num_rows: int, folder: str | None = None) -> None:
-        self._num_rows, self._folder = num_rows, folder
+        self._num_rows, self._folder = num_rows, disk_directory(folder)
         self._logits: torch.Tensor | None = None
 
     def keep(self, first: int, logits: torch.Tensor) -> None:
-        """Store the rows from `first` on."""
+        """Store the rows from `first` on. Raises DataError where there is no space for all."""
         if self._logits is None:
             size = self._num_rows * logits.shape[1]
+            needed, free = size * logits.itemsize, free_disk_bytes(self._folder)
+            if needed > free:  # written through memory: a full disk would end the process
+                raise DataError(
+                    f"the logits of {self._num_rows:,} tokens take {format_bytes(needed)}, but "
+                    f"{self._folder} has {format_bytes(free)} free: give a smaller context or "
+                    "another --disk-dir"
+                )
             with tempfile.NamedTemporaryFile(dir=self._folder) as file:
                 self._logits = torch.from_file(
                     file.name, shared=True, size=size, dtype=logits.dtype

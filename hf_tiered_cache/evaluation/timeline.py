@@ -6,7 +6,7 @@ layer, so that a layer's loads can be seen under the attention of the layers bef
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,38 +66,55 @@ def draw_timeline(axes: Any, recorded: Trace, window: Interval | None = None) ->
     window: seconds of `perf_counter`, as the spans have them; None for all.
     """
     from matplotlib import colormaps
+    from matplotlib.colors import to_rgba
 
     palette = colormaps["tab10"]
     first, last = window or (recorded.start, recorded.end or recorded.start)
+    names: list[str] = []
 
-    def draw(row: int, start: float, end: float, color: Any, alpha: float = 1.0) -> None:
-        if start < last and end > first:
-            left = (max(start, first) - recorded.start) * 1e3
-            width = (min(end, last) - max(start, first)) * 1e3
-            axes.broken_barh(
-                [(left, width)], (row - 0.4, 0.8), facecolor=color, alpha=alpha, linewidth=0
-            )
+    def draw_row(name: str, spans: Iterable[tuple[float, float, Any, float]]) -> None:
+        """(start, end, colour, alpha) of each; one call, for there may be thousands."""
+        ranges, colors = [], []
+        for start, end, color, alpha in spans:
+            if start < last and end > first:
+                left = (max(start, first) - recorded.start) * 1e3
+                ranges.append((left, (min(end, last) - recorded.start) * 1e3 - left))
+                colors.append(to_rgba(color, alpha))
+        axes.broken_barh(ranges, (len(names) - 0.4, 0.8), facecolors=colors, linewidth=0)
+        names.append(name)
 
-    names = []
     for name, shown in ROWS.items():
         spans = [span for span in recorded.spans if span.name in shown]
         if spans:
-            names.append(name)
-        for span in spans:
-            color = PLAIN.get(span.name) or palette((span.layer or 0) % NUM_COLORS)
-            draw(len(names) - 1, span.start, span.end, color)
+            draw_row(
+                name,
+                (
+                    (one.start, one.end, PLAIN.get(one.name) or palette(_color(one.layer)), 1.0)
+                    for one in spans
+                ),
+            )
     for (kind, tier), lanes in recorded.lanes(first, last).items():
         for lane in lanes:
-            names.append(f"{kind} {tier}" if lane is lanes[0] else "")
-            for one in lane:
-                color = palette(one.layers[0] % NUM_COLORS)
-                draw(len(names) - 1, one.issued, one.began, color, QUEUED_ALPHA)
-                draw(len(names) - 1, one.began, one.ended, color)
+            draw_row(
+                f"{kind} {tier}" if lane is lanes[0] else "",
+                (
+                    part
+                    for one in lane
+                    for part in (
+                        (one.issued, one.began, palette(_color(one.layers[0])), QUEUED_ALPHA),
+                        (one.began, one.ended, palette(_color(one.layers[0])), 1.0),
+                    )
+                ),
+            )
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim((first - recorded.start) * 1e3, (last - recorded.start) * 1e3)
     axes.set_xlabel("ms", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
+
+
+def _color(layer: int | None) -> int:
+    return (layer or 0) % NUM_COLORS
 
 
 def save_timeline(

@@ -140,7 +140,7 @@ class Machine:
     @property
     def name(self) -> str:
         if not self.is_cuda:
-            return benchmarking.processor()
+            return benchmarking.environment()["processor"]
         properties = torch.cuda.get_device_properties(self.device)
         major, minor = torch.cuda.get_device_capability(self.device)
         return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, sm_{major}{minor}"

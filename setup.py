@@ -49,6 +49,7 @@ X86_UNITS = {
     "avx512_bf16_emulated": AVX512_FLAGS,
 }
 SOURCES = [
+    "csrc/attention_worker.cpp",
     "csrc/bindings.cpp",
     "csrc/block_io.cpp",
     "csrc/thread_pool.cpp",

@@ -10,13 +10,16 @@
 #include <utility>
 #include <vector>
 
+#include "attention_worker.h"
 #include "block_io.h"
 #include "paged_attention.h"
 #include "xxh3.h"
 
 namespace py = pybind11;
 using hf_tiered_cache::AppendParams;
+using hf_tiered_cache::AttentionJob;
 using hf_tiered_cache::AttentionParams;
+using hf_tiered_cache::AttentionWorker;
 using hf_tiered_cache::BlockIO;
 using hf_tiered_cache::BlockView;
 using hf_tiered_cache::DType;
@@ -161,6 +164,11 @@ std::shared_ptr<Move> new_move(bool is_write, int fd, int64_t offset, int64_t re
   return move;
 }
 
+// As `time.perf_counter` counts: both are the monotonic clock.
+double seconds(std::chrono::steady_clock::time_point time) {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
+}
+
 py::list checksums(const Move& move) {
   py::list list;
   for (const auto& checksum : move.checksums) {
@@ -182,6 +190,8 @@ void bind_block_io(py::module_& m) {
           "is_done", [](const Move& move) { return move.is_done.load(std::memory_order_acquire); })
       .def_readonly("error", &Move::error)
       .def_readonly("error_offset", &Move::error_offset)
+      .def_property_readonly("began", [](const Move& move) { return seconds(move.began); })
+      .def_property_readonly("ended", [](const Move& move) { return seconds(move.ended); })
       .def_property_readonly("checksums", &checksums);
 
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -208,6 +218,53 @@ void bind_block_io(py::module_& m) {
         return py::bytes(reinterpret_cast<const char*>(out), sizeof out);
       },
       "The checksum of a record in memory (for tests).");
+}
+
+// The job of attending `views` one after the other, as `attend` attends one.
+std::shared_ptr<AttentionJob> new_job(int kernel, int dtype, int64_t query,
+                                      const py::tuple& query_shape, const py::tuple& query_stride,
+                                      const std::vector<py::tuple>& views, int64_t kv_tokens,
+                                      int64_t query_start, bool causal, float scale, float softcap,
+                                      const py::object& state, int num_threads, int64_t ready,
+                                      int64_t done, uint32_t value) {
+  auto job = std::make_shared<AttentionJob>();
+  job->kernels = &kernels_numbered(kernel);
+  for (const py::tuple& view : views) {
+    job->calls.push_back(attention_params(dtype, query, query_shape, query_stride, view, kv_tokens,
+                                          query_start, causal, scale, softcap, 0, py::none(), state,
+                                          py::none(), num_threads));
+    hf_tiered_cache::check_slots(job->calls.back());
+  }
+  const auto shape = integers<4>(query_shape);
+  job->num_rows = shape[0] * shape[1] * shape[2];
+  job->value_dim = views.empty() ? 0 : job->calls.front().view.value_dim;
+  job->state = state_rows(state);
+  job->ready = {pointer<uint32_t>(ready), value};
+  job->done = {pointer<uint32_t>(done), value};
+  return job;
+}
+
+// Called through hf_tiered_cache/cpu_lane.py. The thread never needs the interpreter lock.
+void bind_attention_worker(py::module_& m) {
+  py::class_<AttentionJob, std::shared_ptr<AttentionJob>>(m, "AttentionJob")
+      .def(py::init(&new_job), py::kw_only(), py::arg("kernel"), py::arg("dtype"),
+           py::arg("query"), py::arg("query_shape"), py::arg("query_stride"), py::arg("views"),
+           py::arg("kv_tokens"), py::arg("query_start"), py::arg("causal"), py::arg("scale"),
+           py::arg("softcap"), py::arg("state"), py::arg("num_threads"), py::arg("ready"),
+           py::arg("done"), py::arg("value"))
+      .def_property_readonly(
+          "is_done",
+          [](const AttentionJob& job) { return job.is_done.load(std::memory_order_acquire); })
+      .def_readonly("was_cancelled", &AttentionJob::was_cancelled)
+      .def_readonly("error", &AttentionJob::error)
+      .def_readonly("seconds", &AttentionJob::seconds);
+
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<AttentionWorker>(m, "AttentionWorker")
+      .def(py::init<>())
+      .def("submit", &AttentionWorker::submit)
+      .def("wait", &AttentionWorker::wait, Unlocked())
+      .def("close", &AttentionWorker::close, Unlocked());
 }
 
 }  // namespace
@@ -279,5 +336,6 @@ PYBIND11_MODULE(_C, m) {
       "Write new tokens into their blocks. Raises ValueError for a slot outside the slab, before "
       "anything is written.");
 
+  bind_attention_worker(m);
   bind_block_io(m);
 }

@@ -213,12 +213,14 @@ void BlockIO::work(State* state) {
       }
       move->after.clear();
     }
+    move->began = std::chrono::steady_clock::now();
     try {
       if (move->error == 0) run(*move);
     } catch (const std::bad_alloc&) {
       move->error = ENOMEM;
       move->error_offset = move->offset;
     }
+    move->ended = std::chrono::steady_clock::now();
     state->finish(*move);
   }
 }

@@ -37,6 +37,7 @@ struct Move {
   int error = 0;
   int64_t error_offset = 0;  // where it stood still
   std::vector<std::array<unsigned char, 16>> checksums;  // one a record, unless there is an error
+  std::chrono::steady_clock::time_point began, ended;    // of its thread at work, if one was
 
   bool is_taken = false;  // by a thread, or cancelled; under the lock of the `BlockIO`
   std::atomic<bool> is_done{false};

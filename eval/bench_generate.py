@@ -11,13 +11,13 @@ that the tokens are the same is what the tests are for.
 """
 
 import argparse
-from time import perf_counter
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, Qwen2Config
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache
+from hf_tiered_cache.evaluation.timing import decode, fill
 
 import benchmarking
 
@@ -75,37 +75,6 @@ def bench(
         f"{arguments.new_tokens / dynamic.median:.1f} tokens/s",
     )
     caches[0].close()
-
-
-def fill(caches: tuple[Cache, ...], model: torch.nn.Module, context: int) -> None:
-    """Write the same random keys and values of `context` tokens into every layer of each cache."""
-    config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    shape = (2, 1, config.num_key_value_heads, context, head_dim)
-    for layer in range(config.num_hidden_layers):
-        keys, values = torch.randn(shape, dtype=model.dtype, device=model.device).unbind(0)
-        for cache in caches:
-            cache.update(keys, values, layer)
-
-
-def decode(
-    model: torch.nn.Module, cache: Cache, prompt: torch.Tensor, new_tokens: int
-) -> tuple[list[int], float]:
-    """`new_tokens` greedy tokens behind the cached context, which is left as it was, and the
-    seconds they took. The cache holds all of `prompt` [1, tokens] but its last token."""
-    start = perf_counter()
-    tokens = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    seconds = perf_counter() - start
-    cache.crop(-new_tokens)
-    return tokens[0, prompt.shape[1] :].tolist(), seconds
 
 
 def parse_arguments() -> argparse.Namespace:

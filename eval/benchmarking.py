@@ -5,43 +5,14 @@ were timed alternately in one process. The medians of both are printed beside it
 """
 
 import json
-import os
-import platform
-import statistics
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from hf_tiered_cache.evaluation.environment import environment
+from hf_tiered_cache.evaluation.timing import Samples, paired
 
-import hf_tiered_cache
-from hf_tiered_cache.kernels import ops
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Seconds of one side, a number per round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-def paired(*sides: Callable[[], float], rounds: int = 9, warmup: int = 2) -> tuple[Samples, ...]:
-    """Time the sides in turn, A B A B ..., after `warmup` rounds that do not count.
-
-    A side does its work and returns the seconds it took (what it leaves out is its own set-up).
-    """
-    for _ in range(warmup):
-        for side in sides:
-            side()
-    times = [[side() for side in sides] for _ in range(rounds)]
-    return tuple(Samples(tuple(column)) for column in zip(*times, strict=True))
+__all__ = ["Row", "Samples", "Table", "environment", "paired"]
 
 
 @dataclass
@@ -125,28 +96,3 @@ class Table:
         if json_file:
             results = {"title": self.title, **environment(), "rows": [vars(r) for r in self.rows]}
             Path(json_file).write_text(json.dumps(results, indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """What a reader must know to judge a figure: versions, hardware, command."""
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "processor": processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_tiered_cache": hf_tiered_cache.__version__,
-        "kernel": ops.backend(),
-    }
-
-
-def processor() -> str:
-    """The processor's model name, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

@@ -12,9 +12,9 @@ def without_cold_blocks() -> Iterator[None]:
     """Let attention miss what is not on the device, as a cache that loses blocks would."""
     stream = OffloadManager.stream
 
-    def resident_only(self, table, scan, num_tokens=None):
+    def resident_only(self, table, *arguments):
         is_cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
-        for chunk in stream(self, table, scan, num_tokens):
+        for chunk in stream(self, table, *arguments):
             if chunk.first not in is_cold:
                 yield chunk
 

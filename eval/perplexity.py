@@ -12,7 +12,6 @@ reached or MISSED for each bar and ends with 1 if one was missed. eval/README.md
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,17 +20,37 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed, tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from hf_tiered_cache.evaluation import parity
+from hf_tiered_cache.evaluation.documents import (
+    HUB_DATASETS,
+    STDLIB,
+    DataError,
+    is_joined,
+    long_documents,
+    read_texts,
+)
+from hf_tiered_cache.evaluation.models import (
+    ModelError,
+    load_model,
+    load_tokenizer,
+    model_name,
+)
+from hf_tiered_cache.evaluation.scoring import (
+    Pass,
+    Plan,
+    Window,
+    fitting_shape,
+    make_windows,
+    num_tokens,
+    score_window,
+)
+
 import benchmarking
-import parity
 import plots
-from documents import HUB_DATASETS, STDLIB, DataError, is_joined, long_documents, read_texts
-from scoring import BlockShape, Pass, Plan, Window, block_shape, make_windows, score_window
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
-MIN_BLOCK_TOKENS = 16
 TITLE = "perplexity through the cache, against DynamicCache"
 
 
@@ -46,9 +65,9 @@ def main(command: Sequence[str] | None = None) -> int:
     accelerator = Accelerator(cpu=True)
     set_seed(arguments.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = load_tokenizer(arguments.model)
         windows = read_windows(tokenizer, arguments)
-    except (DataError, OSError) as error:
+    except (DataError, ModelError, OSError) as error:
         parser.error(str(error))
     if accelerator.is_main_process:
         printed = benchmarking.Table(TITLE)
@@ -60,7 +79,7 @@ def main(command: Sequence[str] | None = None) -> int:
         table += rows
         if accelerator.is_main_process:
             for row in rows:
-                parity.judge(printed, parity.bars(row))
+                judge(printed, parity.bars(row))
     parity.add_float32(table)
     kept = [bar for row in table for bar in parity.bars(row)]
     if accelerator.is_main_process:
@@ -81,6 +100,12 @@ def main(command: Sequence[str] | None = None) -> int:
         printed.finish()
     accelerator.end_training()
     return 0 if all(bar.is_reached for bar in kept) else 1
+
+
+def judge(table: benchmarking.Table, kept: list[parity.Bar]) -> None:
+    """Print every bar with reached or MISSED."""
+    for bar in kept:
+        table.value(bar.what, bar.measured, bar=bar.bar, is_reached=bar.is_reached)
 
 
 def read_windows(tokenizer: Any, arguments: argparse.Namespace) -> list[Window]:
@@ -114,7 +139,13 @@ def measure(
         )
     shares = sorted({0.0, *arguments.off_device})
     plan = Plan(arguments.chunk, arguments.decode_tokens, arguments.new_tokens)
-    shape = choose_blocks(model, arguments, max(shares))
+    shape = fitting_shape(
+        model,
+        min(arguments.contexts),
+        max(shares),
+        arguments.block_tokens,
+        arguments.disk_dir,
+    )
     num_sides = 1 + len(shares)
     passes: list[Pass] = []
     with progress_bar(windows, num_sides, plan, dtype) as bar:
@@ -140,38 +171,10 @@ def measure(
     return passes
 
 
-def load_model(name: str, dtype: str) -> PreTrainedModel:
-    """A causal model, ready to be measured on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
-
-
-def choose_blocks(
-    model: PreTrainedModel, arguments: argparse.Namespace, share: float
-) -> BlockShape:
-    """The shape of the blocks; smaller ones than usual where a context is short.
-
-    Each layer's filling block stays on the device, so that at the usual size the shortest context
-    might not get `share` off it.
-    """
-    shape = block_shape(model, arguments.block_tokens, arguments.disk_dir)
-    if arguments.block_tokens:
-        return shape
-    most = min(arguments.contexts) * (1 - share)
-    fitting = max(MIN_BLOCK_TOKENS, 2 ** math.floor(math.log2(max(1.0, most))))
-    if fitting < shape.block_tokens:
-        return block_shape(model, fitting, arguments.disk_dir)
-    return shape
-
-
 def in_turns(windows: list[Window], num_processes: int) -> Iterable[list[Window]]:
     """As many windows as there are processes, then the next; of one context as far as it goes."""
     for first in range(0, len(windows), num_processes):
         yield windows[first : first + num_processes]
-
-
-def num_tokens(window: Window, plan: Plan) -> int:
-    """Tokens that go through the model in one pass."""
-    return window.context + max(0, plan.new_tokens - 1)
 
 
 def progress_bar(windows: list[Window], num_sides: int, plan: Plan, label: str) -> Any:
@@ -219,11 +222,6 @@ def save_tokens(passes: dict[str, list[Pass]], path: str) -> None:
         for one in of_dtype
     ]
     Dataset.from_list(rows).to_parquet(path)
-
-
-def model_name(name: str) -> str:
-    """A hub id as it is, of a folder only its name."""
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -42,12 +42,13 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache
+from hf_tiered_cache.evaluation.scoring import BlockShape, block_shape
+from hf_tiered_cache.evaluation.standard_library import held_out_files, read_files
 
 import benchmarking
 import corpora
 import plots
 from losing import without_cold_blocks
-from scoring import BlockShape, block_shape
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 TASKS = ("needle", "keys", "variables")
@@ -113,7 +114,7 @@ def main(command: Sequence[str] | None = None) -> int:
 
 def make_questions(tokenizer: Any, arguments: argparse.Namespace) -> Iterator[Question]:
     """Every cell's documents, the same for every run with the same seed."""
-    filler = corpora.read_files(corpora.held_out_files())
+    filler = read_files(held_out_files())
     bytes_per_token = len(filler[:20000].encode()) / len(tokenizer(filler[:20000]).input_ids)
     for task in arguments.tasks:
         for length in arguments.lengths:

@@ -15,89 +15,44 @@ and values, since only time is of interest then.
 
 import argparse
 import json
-import os
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import bench_generate
 import torch
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from hf_tiered_cache import TieredCache
+from hf_tiered_cache.evaluation.models import load_model, load_tokenizer
+from hf_tiered_cache.evaluation.slowdown import HEADINGS, Race, Row, run_race
+from hf_tiered_cache.evaluation.standard_library import held_out_files, read_files
 
 import benchmarking
-import corpora
 import plots
-from scoring import block_shape
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 SHAPES = {"qwen2.5-0.5b": bench_generate.CONFIG}
-DYNAMIC, RELOADING, OFFLOADED = "DynamicCache", "re-reading layers", "DynamicCache, offloaded"
-
-
-@dataclass
-class Row:
-    """One side at one context. Seconds are of one token; slowdowns are over `DynamicCache`."""
-
-    context: int
-    cache: str
-    share: float | None  # of the blocks off the device, as measured
-    seconds: float
-    slowdown: float
-    slowdown_min: float
-    slowdown_max: float
-    is_identical: bool
-
-
-class ReloadingLayer(DynamicLayer):
-    """A layer whose past lies in a file that is read whole for every token."""
-
-    def __init__(self, path: Path, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self._path, self._num_tokens = path, keys.shape[2]
-        save_file({"keys": keys.contiguous(), "values": values.contiguous()}, path)
-
-    def get_seq_length(self) -> int:
-        return self._num_tokens + super().get_seq_length()
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        tail = super().update(key_states, value_states)
-        forget_pages(self._path)  # there is no room for them: that is why it is on disk
-        past = load_file(self._path, device=str(key_states.device))
-        return tuple(torch.cat(pair, 2) for pair in zip(past.values(), tail, strict=True))
-
-
-def forget_pages(path: Path) -> None:
-    """Drop a file from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
 
 
 def main() -> None:
     arguments = parse_arguments()
     model, text_ids = load(arguments)
+    race = Race(
+        shares=arguments.shares,
+        new_tokens=arguments.new_tokens,
+        rounds=arguments.rounds,
+        chunk=arguments.chunk,
+        disk_dir=arguments.disk_dir,
+        disk_io=arguments.disk_io,
+        has_reloading=arguments.reload,
+    )
     rows: list[Row] = []
-    print(f"{'context':>8} {'cache':<26} {'off device':>10} {'tokens/s':>9} {'slowdown':>9}")
-    with tempfile.TemporaryDirectory(dir=arguments.disk_dir) as folder:
-        for context in arguments.contexts:
-            for row in bench_context(model, text_ids, context, arguments, Path(folder)):
-                rows.append(row)
-                print(line(row), flush=True)
+    print(HEADINGS)
+    for context in arguments.contexts:
+        for row in run_race(model, text_ids, context, race):
+            rows.append(row)
+            print(row, flush=True)
     write(rows, arguments)
     if not all(row.is_identical for row in rows):
         sys.exit("some tokens differ from those of DynamicCache")
@@ -109,121 +64,19 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, torch.Tensor |
         config = SHAPES[arguments.shape]
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype))
         return model.eval().to(arguments.device), None
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+    model = load_model(arguments.model, arguments.dtype, arguments.device)
     text = (
         Path(arguments.prompt).read_text(errors="replace")
         if arguments.prompt
-        else corpora.read_files(corpora.held_out_files())
+        else read_files(held_out_files())
     )
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     # Eight characters are no less than a token; the longest context needs no more of the text.
     text = text[: 8 * (max(arguments.contexts) + 1)]
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] <= max(arguments.contexts):
         sys.exit(f"the text has {ids.shape[1]:,} tokens: expected more than the longest context")
-    return model.to(arguments.device), ids
-
-
-def bench_context(
-    model: PreTrainedModel,
-    text_ids: torch.Tensor | None,
-    context: int,
-    arguments: argparse.Namespace,
-    folder: Path,
-) -> list[Row]:
-    """Every side at one context, `DynamicCache` first."""
-    if text_ids is None:
-        ids = torch.randint(0, model.config.vocab_size, (1, context + 1))
-    else:
-        ids = text_ids[:, : context + 1]
-    ids = ids.to(model.device)
-    sides = make_sides(model, ids, arguments, folder)
-    tokens: dict[str, list[int]] = {}
-
-    def timed(name: str) -> float:
-        tokens[name], seconds = bench_generate.decode(model, sides[name], ids, arguments.new_tokens)
-        return seconds / arguments.new_tokens
-
-    samples = benchmarking.paired(
-        *(lambda name=name: timed(name) for name in sides), rounds=arguments.rounds, warmup=1
-    )
-    rows = []
-    for name, one in zip(sides, samples, strict=True):
-        ratios = [a / b for a, b in zip(one.seconds, samples[0].seconds, strict=True)]
-        rows.append(
-            Row(
-                context=context,
-                cache=name.partition(" at ")[0],
-                share=off_device(sides[name]),
-                seconds=one.median,
-                slowdown=one.median / samples[0].median,
-                slowdown_min=min(ratios),
-                slowdown_max=max(ratios),
-                is_identical=tokens[name] == tokens[DYNAMIC],
-            )
-        )
-    for cache in sides.values():
-        if isinstance(cache, TieredCache):
-            cache.close()
-    return rows
-
-
-@torch.no_grad()
-def make_sides(
-    model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespace, folder: Path
-) -> dict[str, Cache]:
-    """Caches by name that hold the same keys and values of all tokens but the last."""
-    context = ids.shape[1] - 1
-    dynamic = DynamicCache(config=model.config)
-    if arguments.shape:
-        bench_generate.fill((dynamic,), model, context)
-    else:
-        for chunk in tqdm(ids[:, :context].split(arguments.chunk, 1), "prefill", leave=False):
-            model(chunk, past_key_values=dynamic, logits_to_keep=1)
-    if any(type(layer) is not DynamicLayer for layer in dynamic.layers):
-        sys.exit("this model has layers other than full attention: their caches are not compared")
-    sides: dict[str, Cache] = {DYNAMIC: dynamic}
-    shape = block_shape(model, None, arguments.disk_dir)
-    for share in arguments.shares:
-        budgets = shape.budgets(context + arguments.new_tokens, share)
-        if share:
-            budgets["disk_io"] = arguments.disk_io
-        cache = TieredCache(config=model.config, disk_dir=arguments.disk_dir, **budgets)
-        sides[f"TieredCache at {share}"] = cache
-        for first in range(0, context, arguments.chunk):
-            part = slice(first, first + arguments.chunk)
-            for index, layer in enumerate(dynamic.layers):
-                cache.update(layer.keys[:, :, part], layer.values[:, :, part], index)
-    if arguments.reload:
-        reloading = DynamicCache()
-        reloading.layers = [
-            ReloadingLayer(folder / f"layer{index}.safetensors", layer.keys, layer.values)
-            for index, layer in enumerate(dynamic.layers)
-        ]
-        sides[RELOADING] = reloading
-    if model.device.type == "cuda":
-        offloaded = DynamicCache(config=model.config, offloading=True)
-        for index, layer in enumerate(dynamic.layers):
-            offloaded.update(layer.keys, layer.values, index)
-        sides[OFFLOADED] = offloaded
-    return sides
-
-
-def off_device(cache: Cache) -> float | None:
-    """Share of the blocks that have no copy on the device; None where there are no blocks."""
-    if not isinstance(cache, TieredCache):
-        return None
-    stats = cache.stats()
-    return stats.cold_blocks / (stats.num_layers * -(-stats.num_tokens // stats.block_tokens))
-
-
-def line(row: Row) -> str:
-    share = "" if row.share is None else f"{row.share:.0%}"
-    return (
-        f"{row.context:>8,} {row.cache:<26} {share:>10} {1 / row.seconds:>9.2f} "
-        f"{row.slowdown:>8.2f}x [{row.slowdown_min:.2f}, {row.slowdown_max:.2f}]"
-        + ("" if row.is_identical else "  TOKENS DIFFER")
-    )
+    return model, ids
 
 
 def write(rows: list[Row], arguments: argparse.Namespace) -> None:

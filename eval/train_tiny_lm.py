@@ -36,15 +36,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from corpora import (
-    fact_line,
-    held_out_files,
-    random_fact,
-    random_lines,
-    read_files,
-    recall_document,
-    train_files,
-)
+from hf_tiered_cache.evaluation.standard_library import held_out_files, read_files, train_files
+
+from corpora import fact_line, random_fact, random_lines, recall_document
 
 MODEL_FOLDER = Path(__file__).parent / "tiny_lm"
 CHECKPOINT = Path(tempfile.gettempdir()) / "tiny_lm_checkpoint.pt"
@@ -636,8 +630,9 @@ surely up to 4K, mostly at 8K, not at 16K (tables below). It is good for nothing
 
 * Tokenizer: `ByT5Tokenizer`, a token per byte. It closes every text with `</s>`, which means "end
   of file" to nobody here: encode with `add_special_tokens=False`.
-* Data: the standard library's sources (`eval/corpora.py`; files held out by a hash of their path),
-  lists of `key=value` facts that are asked for again, and repeated passages.
+* Data: the standard library's sources (`hf_tiered_cache/evaluation/standard_library.py`; files
+  held out by a hash of their path), lists of `key=value` facts that are asked for again, and
+  repeated passages.
 * Start: the attention of the first two layers starts as a circuit that finds the last four bytes
   again (`_start_looking_back` in `eval/train_tiny_lm.py`); all other weights start random, and all
   weights are trained. In an earlier trial (RoPE theta 5e5) with all weights random at the start, it

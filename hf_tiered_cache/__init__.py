@@ -22,6 +22,7 @@ from hf_tiered_cache.errors import (
 from hf_tiered_cache.kernels.ops import available_kernels
 from hf_tiered_cache.metrics import CacheStats
 from hf_tiered_cache.progress import generation_progress
+from hf_tiered_cache.tracing import Trace, trace
 
 __version__ = "0.1.0"
 
@@ -38,10 +39,12 @@ __all__ = [
     "TieredCache",
     "TieredCacheConfig",
     "TieredCacheError",
+    "Trace",
     "UnsupportedInputError",
     "available_kernels",
     "disable",
     "enable",
     "generation_progress",
     "tiered_attention_forward",
+    "trace",
 ]

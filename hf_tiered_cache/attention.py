@@ -13,6 +13,8 @@ transformers' signatures as of 5.17 to 5.23 (`modeling_utils.AttentionInterface`
 """
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,7 @@ from hf_tiered_cache.dense_attention import explicit_mask, textbook_attention
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.metrics import span
 from hf_tiered_cache.paged_states import PagedStates, RefuseBackward, Snapshot
+from hf_tiered_cache.tracing import ATTEND, ATTENTION, MERGE
 
 NAME = "tiered"
 WRAPPED_NAMES = (
@@ -170,7 +173,7 @@ def _stream_attention(
         "softcap": softcap,
     }
     heads_first = out.transpose(1, 2)
-    with manager.lock, span("attention"):
+    with manager.lock, span(ATTENTION, snapshot.table.layer):
         view = manager.resident_view(snapshot.table, snapshot.num_tokens)
         if view is not None:
             ops.paged_attention(
@@ -178,9 +181,15 @@ def _stream_attention(
             )
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
-        for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens):
-            ops.attend_blocks(state, query, manager.view(chunk), **arguments)
-        ops.finish_attention(state, out=heads_first, sinks=sinks)
+        beside = manager.attend_beside(snapshot.table, query, arguments)
+        for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
+            columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
+            with span(ATTEND, snapshot.table.layer, columns):
+                ops.attend_blocks(state, query, manager.view(chunk), **arguments)
+        with span(MERGE, snapshot.table.layer):
+            if beside:
+                manager.join_beside(state)
+            ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 
 
@@ -278,7 +287,33 @@ def _can_stream(
 
 def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """A 2-D padding mask as (starts, mask): left padding as the first attended position of each
-    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`."""
+    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`.
+
+    All layers of a forward bring the same mask, and to look into it waits for the device: the last
+    answer is kept.
+    """
+    if mask.is_inference():  # these do not count their changes
+        return _read_padding(mask)
+    if _seen_padding.mask is None or _seen_padding.mask() is not mask:
+        _seen_padding.mask = weakref.ref(mask)
+    elif _seen_padding.version == mask._version:
+        return _seen_padding.answer
+    _seen_padding.version, _seen_padding.answer = mask._version, _read_padding(mask)
+    return _seen_padding.answer
+
+
+class _SeenPadding(threading.local):
+    """The padding mask that this thread saw last."""
+
+    mask: weakref.ref[torch.Tensor] | None = None
+    version = -1
+    answer: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+
+_seen_padding = _SeenPadding()
+
+
+def _read_padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     mask = mask.bool()
     starts = mask.int().argmax(dim=1)
     if bool((mask.sum(dim=1) == mask.shape[1] - starts).all()):

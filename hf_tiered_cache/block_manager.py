@@ -22,6 +22,7 @@ from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers.base import DONE, Transfer
 
 DEVICE = 0  # rung of the device tier; larger rungs lie lower
+HOST = 1  # rung of the host tier, where there is one
 
 _Queue = OrderedDict["KVBlock", None]
 
@@ -48,6 +49,11 @@ class KVBlock:
         return self.slots[DEVICE] is not None
 
     @property
+    def highest(self) -> int:
+        """The rung of its highest copy."""
+        return next(rung for rung, slot in enumerate(self.slots) if slot is not None)
+
+    @property
     def is_stored(self) -> bool:
         """A lower tier holds a copy or is receiving one: the device copy can be dropped."""
         return self.copy_below(DEVICE) is not None
@@ -63,13 +69,26 @@ class KVBlock:
         return f"KVBlock(layer={self.layer}, index={self.index}, slots={self.slots})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """Columns [first, last) of a table that are all resident, or all (partly) cold."""
+    """Columns [first, last) of a table whose blocks all lie on one rung, their highest; None: the
+    rows of a column differ."""
 
     first: int
     last: int
-    is_resident: bool
+    rung: int | None
+    slots: (
+        torch.Tensor
+    )  # int32 [batch, last - first] on that rung; else device slots, -1 where cold
+
+    @property
+    def is_resident(self) -> bool:
+        return self.rung == DEVICE
+
+    def part(self, first: int, last: int) -> "Run":
+        """Its columns [first, last)."""
+        slots = self.slots[:, first - self.first : last - self.first]
+        return Run(first, last, self.rung, slots)
 
 
 @dataclass
@@ -168,8 +187,9 @@ class KVBlockManager:
 
     def move(self, block: KVBlock, tier: int, slot: int | None) -> int | None:
         """Set the block's slot in a tier (None: no copy there); return the slot it had."""
+        above = block.slots[:tier]
         old, block.slots[tier] = block.slots[tier], slot
-        if tier == DEVICE:
+        if all(copy is None for copy in above):
             self._touch(block.layer)
         if slot is None:
             self._unqueue(block, tier)
@@ -332,9 +352,13 @@ class KVBlockManager:
             expected = _device_slots(table)
             if placement.slots.tolist() != expected:
                 raise BlockStateError(f"placement {placement.slots.tolist()} is not {expected}")
-            runs = [run.is_resident for run in placement.runs for _ in range(run.first, run.last)]
-            if runs != [min(column) >= 0 for column in zip(*expected, strict=True)]:
-                raise BlockStateError(f"runs {placement.runs} are not those of {expected}")
+            rungs = [run.rung for run in placement.runs for _ in range(run.first, run.last)]
+            if rungs != _rungs(table):
+                raise BlockStateError(f"runs {rungs} are not those of {_rungs(table)}")
+            for run in placement.runs:
+                again = _run(table, run.first, run.last, run.rung, placement.slots)
+                if not torch.equal(run.slots, again.slots):
+                    raise BlockStateError(f"{run} has other slots than its blocks")
         for block, count in holders.items():
             if block.ref_count != count:
                 raise BlockStateError(f"{block} has ref_count {block.ref_count}, {count} holders")
@@ -394,21 +418,36 @@ class KVBlockManager:
         return dropped
 
     def _place(self, table: BlockTable, version: int) -> Placement:
-        slots = _device_slots(table)
+        slots = torch.tensor(_device_slots(table), dtype=torch.int32)
+        slots = slots.view(table.batch, table.num_blocks)
         runs: list[Run] = []
         first = 0
-        resident = [min(column) >= 0 for column in zip(*slots, strict=True)]
-        for index in range(1, len(resident) + 1):
-            if index == len(resident) or resident[index] != resident[first]:
-                runs.append(Run(first, index, resident[first]))
+        rungs = _rungs(table)
+        for index in range(1, len(rungs) + 1):
+            if index == len(rungs) or rungs[index] != rungs[first]:
+                runs.append(_run(table, first, index, rungs[first], slots))
                 first = index
-        tensor = torch.tensor(slots, dtype=torch.int32).view(table.batch, table.num_blocks)
         last_blocks = [row[-1] for row in table.rows if row]
         is_writable = all(
             block.ref_count == 1 and block.is_resident and not self.is_demotable(block)
             for block in last_blocks
         )
-        return Placement(version, tensor, tuple(runs), is_writable)
+        return Placement(version, slots, tuple(runs), is_writable)
+
+
+def _rungs(table: BlockTable) -> list[int | None]:
+    """The rung of each column: that of the highest copies of its blocks, None where they differ."""
+    rungs = [{block.highest for block in column} for column in zip(*table.rows, strict=True)]
+    return [rung.pop() if len(rung) == 1 else None for rung in rungs]
+
+
+def _run(
+    table: BlockTable, first: int, last: int, rung: int | None, device_slots: torch.Tensor
+) -> Run:
+    if rung is None or rung == DEVICE:
+        return Run(first, last, rung, device_slots[:, first:last])
+    slots = [[block.slots[rung] for block in row[first:last]] for row in table.rows]
+    return Run(first, last, rung, torch.tensor(slots, dtype=torch.int32))
 
 
 def _device_slots(table: BlockTable) -> list[list[int]]:

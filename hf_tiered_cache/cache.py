@@ -49,14 +49,18 @@ class TieredCache(DynamicCache):
     Args:
         config: the model's config; optional. With it windowed and hybrid layers get the cache
             they need, and a budget that is too small is found at the first token.
-        device_bytes, host_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes: see
-            `TieredCacheConfig`; sizes are int bytes, "4GiB", "1.5GB" or "auto".
+        device_bytes, host_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes,
+            cpu_share: see `TieredCacheConfig`; sizes are int bytes, "4GiB", "1.5GB" or "auto".
         tiers: all of these as one `TieredCacheConfig` instead.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
 
     A cache may be deep-copied (full blocks are shared), closed (`close()` or `with`), and is
     closed when it is garbage-collected: no file, thread or memory stays.
+
+    A forward through it raises OutOfBlocksError when the tiers are full (before it stores anything
+    more), TierIOError when blocks cannot be stored or loaded, CacheInUseError when another thread
+    is in the middle of one, ClosedCacheError after `close()`, BackwardError for a gradient.
     """
 
     def __init__(
@@ -358,6 +362,7 @@ class TieredCache(DynamicCache):
 
     @property
     def is_closed(self) -> bool:
+        """Whether `close()` was called; there is no way back."""
         return not self._finalizer.alive
 
     def stats(self) -> CacheStats:
@@ -374,6 +379,7 @@ class TieredCache(DynamicCache):
             cold_blocks=sum(manager.num_cold_blocks() for manager in pool.managers),
             kernel=ops.backend(),
             tiers=pool.tier_stats(),
+            lanes=pool.lane_stats(),
             counters=pool.counters(),
         )
 

@@ -52,10 +52,18 @@ class TieredCacheConfig:
     block_tokens: int | None = None
     # Device bytes, out of device_bytes, for cold blocks passing through.
     staging_bytes: int | str = AUTO
+    # Share, 0 to 1, of the blocks in host memory that the CPU attends where they lie instead of
+    # their being carried to the device; 0 switches the one off, 1 the other. "auto": on a GPU as
+    # the rates of both say, 1 where the device is the CPU.
+    cpu_share: float | str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "disk_bytes", "staging_bytes"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
+        share = self.cpu_share
+        is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if share != AUTO and not (is_number and 0 <= float(share) <= 1):
+            raise ConfigError(f'cpu_share={share!r}: expected a number from 0 to 1, or "{AUTO}"')
         if self.disk_io not in DISK_IO_MODES:
             raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
         tokens = self.block_tokens

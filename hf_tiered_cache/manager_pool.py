@@ -5,26 +5,42 @@ or one whose layers differ in heads, has several. All of them draw on the same b
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
+from hf_tiered_cache import devices
 from hf_tiered_cache.block_manager import BlockTable
-from hf_tiered_cache.config import Budgets, TieredCacheConfig, free_memory_bytes
-from hf_tiered_cache.errors import ClosedCacheError, UnsupportedInputError
+from hf_tiered_cache.config import (
+    AUTO_DEVICE_SHARE,
+    Budgets,
+    TieredCacheConfig,
+    free_memory_bytes,
+)
+from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.errors import ClosedCacheError
+from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
-from hf_tiered_cache.metrics import Counters, TierStats
+from hf_tiered_cache.metrics import Counters, LaneStats, TierStats
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.sizes import AUTO
 from hf_tiered_cache.tiers.base import Budget, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
-from hf_tiered_cache.tiers.pinning import CudaPinning
+from hf_tiered_cache.tiers.lane import CopyLane
+from hf_tiered_cache.tiers.lane_tier import BounceRing, LaneTier, behind_lane
+
+logger = logging.get_logger(__name__)
 
 # A disk is busy with this much in flight (measured: 1 MiB records reach its rate at queue depth
 # 4); twice that keeps it busy while one half is attended.
 STAGING_BYTES = 16 * 1024 * 1024
+# A GPU's link carries this much in a few milliseconds, about the time of one token's other work.
+LANE_STAGING_BYTES = 256 * 1024 * 1024
+BOUNCE_BYTES = 64 * 1024 * 1024  # pinned, for disk records on their way to and from a GPU
 PAGE_CACHE_SHARE = 0.25  # of free memory, for what of the disk tier goes through the page cache
 MIN_STAGING_BLOCKS = 2  # one is attended while one loads
 
@@ -41,7 +57,7 @@ class ManagerPool:
         self._expected_tables = expected_tables
         self._host = Budget("host", self.budgets.host_bytes)
         self._disk = Budget("disk", self.budgets.disk_bytes)
-        self._devices: dict[torch.device, Budget] = {}
+        self._places: dict[torch.device, _Place] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
         self._num_owners = 1
 
@@ -79,18 +95,46 @@ class ManagerPool:
         return self._managers[key]
 
     def _make(self, layout: BlockLayout, device: torch.device) -> OffloadManager:
-        if device.type != "cpu":
-            raise UnsupportedInputError(
-                f"keys and values on {device}: this version keeps blocks in CPU memory and on disk "
-                "only; move the model to the CPU, or use transformers' DynamicCache on this device"
-            )
-        budget = self._devices.get(device) or Budget("device", self.budgets.device_bytes)
-        self._devices[device] = budget
-        tiers: list[Tier] = [DeviceTier(layout.num_bytes, budget, device)]
-        is_wanted = device.type != "cpu" or not self.budgets.host_is_auto
+        devices.check_supported(device)
+        place = self._places.get(device) or self._new_place(device)
+        tier = DeviceTier(layout.num_bytes, place.budget, device, place.lane)
+        staging = max(MIN_STAGING_BLOCKS, self._staging_bytes(place) // layout.num_bytes)
+        lower = self._lower_tiers(layout, device)
+        split = LaneSplit(1.0 if self.config.cpu_share == AUTO else float(self.config.cpu_share))
+        if place.lane is not None and lower:
+            ring = self._bounce_ring(layout, device, staging)
+            lower = [behind_lane(one, place.lane, ring) for one in lower]
+            split = self._split(place, tier, ring)
+        manager = OffloadManager(
+            layout,
+            [tier, *lower],
+            staging,
+            self._expected_tables,
+            split=split,
+            cpu_lane=place.cpu_lane,
+        )
+        others = [other for (_, where), other in self._managers.items() if where == device]
+        for sharer in [*others, manager] if others else []:
+            sharer.share_device()
+        return manager
+
+    def _new_place(self, device: torch.device) -> "_Place":
+        size = self.budgets.device_bytes
+        if self.budgets.device_is_auto:
+            size = int(devices.free_bytes(device) * AUTO_DEVICE_SHARE)
+        lane = devices.copy_lane(device)
+        place = _Place(Budget("device", size), lane, devices.cpu_lane(device))
+        self._places[device] = place
+        return place
+
+    def _lower_tiers(self, layout: BlockLayout, device: torch.device) -> list[Tier]:
+        """The rungs below the device, those that were asked for and hold a block at least."""
+        pinning = devices.pinning(device)
+        tiers: list[Tier] = []
+        is_wanted = pinning is not None or not self.budgets.host_is_auto
         if is_wanted and self._host.limit_bytes >= layout.num_bytes:
-            pinning = CudaPinning() if device.type == "cuda" else None
-            tiers.append(HostTier(layout.num_bytes, self._host, pinning=pinning))
+            near = devices.cpus_near(device)
+            tiers.append(HostTier(layout.num_bytes, self._host, pinning=pinning, near=near))
         if self._disk.limit_bytes >= layout.num_bytes:
             tiers.append(
                 DiskTier(
@@ -101,19 +145,44 @@ class ManagerPool:
                     page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
                 )
             )
-        staging = self._staging_bytes(budget) // layout.num_bytes
-        manager = OffloadManager(
-            layout, tiers, max(staging, MIN_STAGING_BLOCKS), self._expected_tables
-        )
-        others = [other for (_, where), other in self._managers.items() if where == device]
-        for sharer in [*others, manager] if others else []:
-            sharer.share_device()
-        return manager
+        return tiers
 
-    def _staging_bytes(self, budget: Budget) -> int:
-        if self.config.staging_bytes == AUTO:
-            return min(STAGING_BYTES, budget.limit_bytes // 4)
-        return int(self.config.staging_bytes)
+    def _bounce_ring(self, layout: BlockLayout, device: torch.device, staging: int) -> BounceRing:
+        slots = max(MIN_STAGING_BLOCKS, min(staging, BOUNCE_BYTES // layout.num_bytes))
+        memory = HostTier(
+            layout.num_bytes,
+            self._host,
+            pinning=devices.pinning(device),
+            slab_bytes=slots * layout.num_bytes,
+            near=devices.cpus_near(device),
+        )
+        return BounceRing(memory, slots)
+
+    def _split(self, place: "_Place", tier: DeviceTier, ring: BounceRing) -> LaneSplit:
+        """How host blocks are shared between the lanes of a device, as asked for or measured."""
+        assert place.lane is not None
+        if place.cpu_lane is None:
+            if self.config.cpu_share not in (AUTO, 0):
+                logger.warning_once(
+                    f"cpu_share={self.config.cpu_share} is not followed: for the CPU to attend host"
+                    " blocks both compiled cores are needed (a C++ compiler and nvcc); all blocks"
+                    " are carried to the device"
+                )
+            return LaneSplit(0.0)
+        if self.config.cpu_share != AUTO:
+            return LaneSplit(float(self.config.cpu_share))
+        slot = tier.allocate()
+        if slot is None:
+            return LaneSplit(0.0)
+        copy_rate = place.lane.probe(ring.slab.unbind(), tier.block(slot))
+        tier.free(slot)
+        return LaneSplit.measured(copy_rate, place.cpu_lane.probe(ring.slab))
+
+    def _staging_bytes(self, place: "_Place") -> int:
+        if self.config.staging_bytes != AUTO:
+            return int(self.config.staging_bytes)
+        most = STAGING_BYTES if place.lane is None else LANE_STAGING_BYTES
+        return min(most, place.budget.limit_bytes // 4)
 
     def counters(self) -> Counters:
         """The totals of all managers."""
@@ -126,10 +195,15 @@ class ManagerPool:
         """One row per device, then the host's memory where it is used, then the disk."""
         budgets = self.budgets
         rows = []
-        for device, budget in self._devices.items():
+        for device, place in self._places.items():
             tiers = [m.device_tier for (_, d), m in self._managers.items() if d == device]
-            rows.append(_tier_stats("device", tiers, budget, budgets.device_is_auto, str(device)))
-        lower = [tier for manager in self.managers for tier in manager.tiers[1:]]
+            is_auto = budgets.device_is_auto
+            rows.append(_tier_stats("device", tiers, place.budget, is_auto, str(device)))
+        lower = [
+            tier.tier if isinstance(tier, LaneTier) else tier
+            for manager in self.managers
+            for tier in manager.tiers[1:]
+        ]
         hosts = [tier for tier in lower if isinstance(tier, HostTier)]
         if hosts:
             kind = " + ".join(dict.fromkeys(tier.memory_kind for tier in hosts))
@@ -138,6 +212,18 @@ class ManagerPool:
             disks = [tier for tier in lower if isinstance(tier, DiskTier)]
             where = str(self.disk_dir)
             rows.append(_tier_stats("disk", disks, self._disk, budgets.disk_is_auto, where))
+        return tuple(rows)
+
+    def lane_stats(self) -> tuple[LaneStats, ...]:
+        """A row for each lane of each device other than the CPU."""
+        rows = []
+        for device, place in self._places.items():
+            managers = [m for (_, where), m in self._managers.items() if where == device]
+            share = managers[0].split.cpu_share if managers else 0.0
+            lanes = (("copy lane", 1 - share, place.lane), ("CPU lane", share, place.cpu_lane))
+            for name, part, lane in lanes:
+                if lane is not None:
+                    rows.append(LaneStats(name, part, **vars(lane.measure())))
         return tuple(rows)
 
     def share(self) -> "ManagerPool":
@@ -152,11 +238,23 @@ class ManagerPool:
         """
         self._num_owners -= 1
         if self._num_owners == 0:
+            for place in self._places.values():
+                if place.cpu_lane is not None:
+                    place.cpu_lane.close()  # it reads what is closed next
             for manager in self.managers:
                 manager.close()
         else:
             for manager, table in tables:
                 manager.abandon_table(table)
+
+
+@dataclass
+class _Place:
+    """What the managers on one device share."""
+
+    budget: Budget
+    lane: CopyLane | None
+    cpu_lane: CpuLane | None
 
 
 def _tier_stats(

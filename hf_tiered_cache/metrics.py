@@ -4,12 +4,13 @@ Counters are plain additions. A span costs nothing unless a torch profiler is re
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
+from hf_tiered_cache import tracing
 from hf_tiered_cache.sizes import format_bytes
 
 
@@ -18,6 +19,7 @@ class Counters:
     """Running totals of one offload manager."""
 
     resident_reads: int = 0  # blocks attended where they lay
+    in_place_reads: int = 0  # blocks attended in host memory
     cold_reads: int = 0  # blocks attended after a load into staging
     loads: int = 0  # blocks read from a lower tier, prefetched ones that were not used included
     stores: int = 0  # blocks written one tier down, once for each they go
@@ -37,6 +39,49 @@ class Counters:
             yield
         finally:
             setattr(self, name, getattr(self, name) + perf_counter() - start)
+
+
+@dataclass
+class LaneCounters:
+    """Running totals of one lane: the way of blocks in host memory to attention."""
+
+    moved_bytes: int = 0  # carried to the device, or attended by the CPU
+    busy_seconds: float = 0.0  # the lane was at work
+    wait_seconds: float = 0.0  # the device stood still for it
+    probed_rate: float = 0.0  # bytes per second, from a short probe at the start
+
+    def add_busy(self, seconds: float) -> None:
+        """The lane was at work for so long."""
+        self.busy_seconds += seconds
+
+
+@dataclass(frozen=True)
+class LaneStats:
+    """One lane at one moment; `share` of the host's blocks are its own now."""
+
+    name: str
+    share: float
+    moved_bytes: int
+    busy_seconds: float
+    wait_seconds: float
+    probed_rate: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second while it was at work; 0 before."""
+        return self.moved_bytes / self.busy_seconds if self.busy_seconds else 0.0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.name}: {self.share:.0%} of the host's blocks, {format_bytes(self.moved_bytes)}"
+            f" at {format_bytes(self.rate)}/s, the device waited {self.wait_seconds:.2f} s"
+        )
+        if self.probed_rate:
+            text += (
+                f" ({self.rate / self.probed_rate:.0%} of the {format_bytes(self.probed_rate)}/s"
+                " measured)"
+            )
+        return text
 
 
 @dataclass(frozen=True)
@@ -64,13 +109,15 @@ class CacheStats:
     cold_blocks: int  # blocks with no copy on the device
     kernel: str
     tiers: tuple[TierStats, ...] = ()
+    lanes: tuple[LaneStats, ...] = ()  # of devices other than the CPU
     counters: Counters = field(default_factory=Counters)
 
     @property
     def hit_share(self) -> float:
         """Share of the attended blocks that were resident; 1.0 before anything was attended."""
-        reads = self.counters.resident_reads + self.counters.cold_reads
-        return self.counters.resident_reads / reads if reads else 1.0
+        count = self.counters
+        reads = count.resident_reads + count.in_place_reads + count.cold_reads
+        return count.resident_reads / reads if reads else 1.0
 
     def __str__(self) -> str:
         rows = [("tier", "where", "blocks", "used", "peak", "budget")]
@@ -98,6 +145,7 @@ class CacheStats:
                 cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             lines.append(f"  {left}  {right}")
+        lines += [f"  {lane}" for lane in self.lanes]
         count = self.counters
         lines.append(
             f"  loads {count.loads:,} ({format_bytes(count.loaded_bytes)}), waited "
@@ -121,8 +169,14 @@ class _NoSpan:
 _NO_SPAN = _NoSpan()
 
 
-def span(name: str) -> "_NoSpan | torch.profiler.record_function":
-    """A named range in torch's profiler (`tiered_cache.<name>`); free while none records."""
+def span(
+    name: str, layer: int | None = None, blocks: range | None = None
+) -> AbstractContextManager[None]:
+    """A named range in torch's profiler (`tiered_cache.<name>`) and in a `trace`; free while
+    neither records. blocks: columns of the layer's table."""
+    inner: AbstractContextManager[None] = _NO_SPAN
     if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(f"tiered_cache.{name}")
-    return _NO_SPAN
+        inner = torch.profiler.record_function(f"tiered_cache.{name}")
+    if tracing.recorder is not None:
+        return tracing.recorder.span(name, layer, blocks, inner)
+    return inner

@@ -11,39 +11,58 @@ One manager serves all layers whose blocks have the same layout and device. Fork
 it; `lock` is held by whoever moves or reads blocks.
 """
 
-import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
 
 import torch
 
-from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager, Placement
+from hf_tiered_cache import tracing
+from hf_tiered_cache.block_manager import (
+    DEVICE,
+    HOST,
+    BlockTable,
+    KVBlock,
+    KVBlockManager,
+    Placement,
+    Run,
+)
+from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
 from hf_tiered_cache.kernels import checks, ops
+from hf_tiered_cache.lane_split import STAGE_ALL, LaneSplit
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.stream import BlockStream
 from hf_tiered_cache.tiers.base import DONE, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
+from hf_tiered_cache.tiers.lane_tier import HostLaneTier
 from hf_tiered_cache.tiers.memory import MemoryTier
+from hf_tiered_cache.tracing import STORE, STORE_WAIT
 
-# Columns of cold blocks that staging must be able to hold: one is attended while one loads.
-STAGED_COLUMNS = 2
+# Groups of columns that staging must be able to hold: one is attended while one loads.
+STAGED_GROUPS = 2
 
 # Stores to one rung that may be under way at once: enough to keep a disk's queue full, few enough
 # that the rung above keeps room for new blocks.
 MAX_STORES = 8
 
+# Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
+# to more than noise.
+JOINS_PER_CORRECTION = 256
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive columns of a table, ready for the kernels: all slots are on the device."""
+    """Consecutive columns of a table, ready for the kernels: all slots are of one tier."""
 
     first: int  # column of slots[:, 0]
     slots: torch.Tensor  # int32 [batch, columns]
+    rung: int = DEVICE
 
 
 class OffloadManager:
@@ -60,17 +79,25 @@ class OffloadManager:
         tiers: Sequence[Tier],
         staging_slots: int,
         expected_tables: int = 0,
+        *,
+        split: LaneSplit = STAGE_ALL,
+        cpu_lane: CpuLane | None = None,
+        group_columns: int = 1,
     ) -> None:
-        device, upper = tiers[DEVICE], [tier for tier in tiers[:-1] if isinstance(tier, MemoryTier)]
+        device = tiers[DEVICE]
+        memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
         assert isinstance(device, DeviceTier)
-        assert len(upper) == len(tiers) - 1, "a store reads memory: only the last tier may be none"
+        assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
+        self.split = split
+        self.cpu_lane = cpu_lane
+        self.group_columns = group_columns
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
         self.blocks = KVBlockManager(len(tiers))
         self.counters = Counters()
         self.lock = threading.RLock()
-        self._upper = upper  # tiers that have one below
+        self._memory = memory  # the tiers whose blocks have addresses: all but the last, at least
         self._lower = tiers[DEVICE + 1 :]
         self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
         self._stream = BlockStream(tiers, 0, self.counters)  # grows with the first append
@@ -79,6 +106,8 @@ class OffloadManager:
         self._storing: list[dict[KVBlock, None]] = [{} for _ in tiers]
         self._abandoned: deque[BlockTable] = deque()
         self._is_sharing_device = False
+        self._num_joined = 0
+        self._lane_waits = [0.0, 0.0]  # of the copy lane and the CPU lane, at the last correction
         self._is_closed = False
 
     def share_device(self) -> None:
@@ -181,13 +210,12 @@ class OffloadManager:
 
     def _read_block(self, block: KVBlock, slot: int) -> None:
         """Copy a block's bytes, wherever they are, into another device slot."""
-        target = self.device_tier.block(slot)
         own = block.slots[DEVICE]
         if own is not None:
-            target.copy_(self.device_tier.block(own))
+            self.device_tier.copy_block(own, slot)
             return
         (staged,) = self._stream.load([block])
-        target.copy_(self.device_tier.block(staged))
+        self.device_tier.copy_block(staged, slot)
         self._stream.release([block])
 
     def make_room(self, num_blocks: int, rung: int = DEVICE) -> None:
@@ -198,7 +226,7 @@ class OffloadManager:
         """
         while self._num_free_slots(rung) < num_blocks:
             block = None
-            if rung < len(self._upper):
+            if rung < self._last_rung:
                 block = self.blocks.next_to_demote(self._num_slots_below(rung) > 0, rung)
             if block is None:
                 raise self._out_of_blocks(num_blocks)
@@ -217,7 +245,7 @@ class OffloadManager:
         """
         if any(self._storing):
             self._reap_stores()
-        for rung in range(len(self._upper)):  # from above: what it takes below is made good then
+        for rung in range(self._last_rung):  # from above: what it takes below is made good then
             while (
                 self._num_free_slots(rung) + self.blocks.num_clean_on(rung) < num_blocks
                 and (target := self._rung_below(rung)) is not None
@@ -235,7 +263,7 @@ class OffloadManager:
         """Whether a slot of a lower rung is free, or can be made so without a wait."""
         if self._num_free_slots(rung) > 0:
             return True
-        if rung == len(self._upper):
+        if rung == self._last_rung:
             return False
         block = self.blocks.next_to_demote(may_store=False, rung=rung)
         copy = None if block is None else block.copy_below(rung)
@@ -253,8 +281,9 @@ class OffloadManager:
         assert source is not None
         if slot is None:  # another manager on the same budget took it
             raise self._out_of_blocks(1)
+        issued = perf_counter()
         try:
-            data = self._upper[rung].block(source)
+            data = self._memory[rung].block(source)
             block.stores[target] = self.tiers[target].write([slot], [data])
         except BaseException:
             self.tiers[target].free(slot)
@@ -263,6 +292,10 @@ class OffloadManager:
         self._storing[target][block] = None
         self.counters.stores += 1
         self.counters.stored_bytes += self.layout.num_bytes
+        if tracing.recorder is not None:
+            name, transfer = self.tiers[target].name, block.stores[target]
+            size = self.layout.num_bytes
+            tracing.recorder.watch(STORE, name, [block.layer], 1, size, issued, transfer)
         return target
 
     def _finish_store(self, block: KVBlock, rung: int) -> None:
@@ -271,7 +304,7 @@ class OffloadManager:
         store = block.stores[rung]
         try:
             if not store.is_ready():
-                with span("store_wait"), self.counters.waiting("store_wait_seconds"):
+                with span(STORE_WAIT), self.counters.waiting("store_wait_seconds"):
                     store.wait()
             store.wait()
         except TierIOError:
@@ -302,7 +335,8 @@ class OffloadManager:
         columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
         copies, pinned = self._fill_needs(table)
         needed = columns * table.batch + copies
-        least_staging = STAGED_COLUMNS * self.blocks.max_batch if self._lower else 0
+        staged_columns = STAGED_GROUPS * self.group_columns if self._lower else 0
+        least_staging = staged_columns * self.blocks.max_batch
         pinned = max(pinned, self._num_layers * table.batch)
         most = self.device_tier.used_slots + self.device_tier.num_free()
         if pinned + least_staging > most:
@@ -342,6 +376,10 @@ class OffloadManager:
             raise
         if self._is_sharing_device:
             self._stream.claim()
+
+    @property
+    def _last_rung(self) -> int:
+        return len(self.tiers) - 1
 
     @property
     def _num_layers(self) -> int:
@@ -432,8 +470,7 @@ class OffloadManager:
     def _free_slots(self, block: KVBlock, first_rung: int) -> None:
         """Free the block's slots from `first_rung` down, after stores under way have ended."""
         for rung in range(max(first_rung, DEVICE + 1), len(self.tiers)):
-            with contextlib.suppress(TierIOError):  # the copy is given up anyway
-                block.stores[rung].wait()
+            block.stores[rung].outlast()  # the copy is given up anyway
             self._forget_store(block, rung)
         for rung in range(first_rung, len(self.tiers)):
             self._free_copy(block, rung)
@@ -446,14 +483,19 @@ class OffloadManager:
             self.tiers[rung].free(slot)
 
     def stream(
-        self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
+        self,
+        table: BlockTable,
+        scan: Sequence[BlockTable],
+        num_tokens: int | None = None,
+        beside: bool = False,
     ) -> Iterator[Chunk]:
         """The columns of a table (those of its first `num_tokens` tokens), in block order, chunk by
-        chunk, each on the device while it is consumed: resident runs where they lie, cold ones
-        through staging.
+        chunk, each where attention can read it while it is consumed: resident runs where they lie,
+        cold ones through staging, or in host memory where the device is the CPU.
 
         `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
-        along it. Nothing may move until the next chunk is asked for. Raises TierIOError when a
+        along it. `beside`: what `attend_beside` gave to the CPU lane is left out. Nothing may
+        move until the next chunk is asked for. Raises TierIOError when a
         cold block cannot be loaded or is not what was stored, ClosedCacheError when the table was
         dropped.
         """
@@ -461,16 +503,98 @@ class OffloadManager:
         num_blocks = table.num_blocks
         if num_tokens is not None:
             num_blocks = min(num_blocks, self.layout.num_blocks(num_tokens))
+        for run, is_in_place in self._runs(table, num_blocks, beside):
+            if run.is_resident:
+                self.counters.resident_reads += (run.last - run.first) * table.batch
+                yield Chunk(run.first, run.slots)
+            elif not is_in_place:
+                yield from self._stream_cold(table, run, scan, beside)
+            elif not beside:
+                self.counters.in_place_reads += (run.last - run.first) * table.batch
+                yield Chunk(run.first, run.slots, HOST)
+
+    def attend_beside(
+        self, table: BlockTable, query: torch.Tensor, arguments: dict[str, Any]
+    ) -> bool:
+        """Let the CPU lane attend its part of the table's host blocks where they lie; whether there
+        is any. If so, `stream` the rest with `beside`, then `cpu_lane.join` the states.
+
+        `arguments` as `ops.attend_blocks` takes them.
+        """
+        lane = self.cpu_lane
+        if lane is None or not lane.can_attend(query, self.layout.kv_heads, arguments):
+            return False
+        self._check_held(table)
+        num_blocks = min(table.num_blocks, self.layout.num_blocks(arguments["kv_tokens"]))
+        runs = [
+            run
+            for run, is_in_place in self._runs(table, num_blocks, beside=True)
+            if is_in_place and not run.is_resident
+        ]
+        if not runs:
+            return False
+        views = [self.view(Chunk(run.first, run.slots, HOST)) for run in runs]
+        attended = lane.begin(query, views, arguments)
+        host = self.tiers[HOST]
+        assert isinstance(host, HostLaneTier)
+        for run in runs:
+            self.counters.in_place_reads += run.slots.numel()
+            host.keep(run.slots.flatten().tolist(), attended)
+        return True
+
+    def join_beside(self, state: ops.RunningState) -> None:
+        """Fold what the CPU lane attended into the state of the rest. Now and then the lanes' parts
+        are set anew, as the device had to wait for them."""
+        assert self.cpu_lane is not None
+        self.cpu_lane.join(state)
+        self._num_joined += 1
+        if self._num_joined % JOINS_PER_CORRECTION == 0 and not self.split.is_fixed:
+            self._correct_split()
+
+    def _correct_split(self) -> None:
+        assert self.cpu_lane is not None and self.device_tier.lane is not None
+        lanes = (self.device_tier.lane, self.cpu_lane)
+        before, self._lane_waits = self._lane_waits, [lane.measure().wait_seconds for lane in lanes]
+        copy_wait, cpu_wait = (b - a for a, b in zip(before, self._lane_waits, strict=True))
+        if self.split.correct(copy_wait, cpu_wait):
+            self._stream.clear()  # some of what is staged may not be wanted any more
+
+    def _runs(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator[tuple[Run, bool]]:
+        """The first columns of a table as runs, and whether each is attended where it lies: what is
+        resident, and of each run in host memory the oldest part, as large as `split` says."""
         placement = self.blocks.placement(table)
+        if self.group_columns > 1 and not beside:
+            yield from self._grouped_runs(placement, num_blocks)
+            return
+        shares_host = self.cpu_lane is None or beside
         for run in placement.runs:
             last = min(run.last, num_blocks)
             if last <= run.first:
                 return
+            cut = run.first
             if run.is_resident:
-                self.counters.resident_reads += (last - run.first) * table.batch
-                yield Chunk(run.first, placement.slots[:, run.first : last])
-            else:
-                yield from self._stream_cold(table, run.first, last, scan)
+                cut = last
+            elif run.rung == HOST < len(self._memory) and shares_host:
+                cut = min(last, run.first + round(self.split.cpu_share * (run.last - run.first)))
+            if cut > run.first:
+                yield run.part(run.first, cut), True
+            if cut < last:
+                yield run.part(cut, last), False
+
+    def _grouped_runs(self, placement: Placement, num_blocks: int) -> Iterator[tuple[Run, bool]]:
+        """The same with borders between groups of columns only: a group that is partly cold goes
+        through staging, and its resident blocks are attended where they lie all the same."""
+        group, done = self.group_columns, 0
+        for run in [run for run in placement.runs if run.is_resident]:
+            first = -(-run.first // group) * group
+            last = num_blocks if run.last >= num_blocks else run.last // group * group
+            if first < last:
+                if done < first:
+                    yield Run(done, first, None, placement.slots[:, done:first]), False
+                yield run.part(first, last), True
+                done = last
+        if done < num_blocks:
+            yield Run(done, num_blocks, None, placement.slots[:, done:num_blocks]), False
 
     def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
         """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
@@ -484,10 +608,14 @@ class OffloadManager:
         view = self._view(placement)
         return view if columns == table.num_blocks else self.view(Chunk(0, view.table[:, :columns]))
 
+    def slab(self, chunk: Chunk) -> torch.Tensor:
+        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
+        return self._memory[chunk.rung].slab
+
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk of `stream` as the kernels take it."""
         first_token = chunk.first * self.layout.block_tokens
-        return ops.BlockView(self.device_tier.slab, chunk.slots, self.layout, first_token)
+        return ops.BlockView(self.slab(chunk), chunk.slots, self.layout, first_token)
 
     def _view(self, placement: Placement) -> ops.BlockView:
         """All columns of a table; cold ones may not be touched."""
@@ -496,11 +624,12 @@ class OffloadManager:
         return placement.view
 
     def _stream_cold(
-        self, table: BlockTable, first: int, last: int, scan: Sequence[BlockTable]
+        self, table: BlockTable, run: Run, scan: Sequence[BlockTable], beside: bool
     ) -> Iterator[Chunk]:
-        columns = max(1, self._stream.chunk_blocks // table.batch)
-        for begin in range(first, last, columns):
-            end = min(begin + columns, last)
+        group = self.group_columns
+        columns = max(group, self._stream.chunk_blocks // table.batch // group * group)
+        for begin in range(run.first, run.last, columns):
+            end = min(begin + columns, run.last)
             cold = [block for block in table.blocks(begin, end) if not block.is_resident]
             staged = dict(zip(cold, self._stream.load(cold), strict=True))
             slots = [
@@ -510,23 +639,25 @@ class OffloadManager:
             self.counters.cold_reads += len(cold)
             yield Chunk(begin, torch.tensor(slots, dtype=torch.int32))
             self._stream.release(cold)
-            self._stream.prefetch(self._upcoming(table, end, scan))
+            self._stream.prefetch(self._upcoming(table, end, scan, beside))
 
     def _upcoming(
-        self, table: BlockTable, column: int, scan: Sequence[BlockTable]
+        self, table: BlockTable, column: int, scan: Sequence[BlockTable], beside: bool
     ) -> Iterator[KVBlock]:
-        """Cold blocks in the order the next reads will want them: the rest of this table, the
-        following layers, and round again (the next token) to where we are."""
-        yield from self._cold_blocks(table, column, table.num_blocks)
+        """Blocks to be staged in the order the next reads will want them: the rest of this table,
+        the following layers, and round again (the next token) to where we are."""
+        yield from self._to_stage(table, column, table.num_blocks, beside)
         here = next((i for i, other in enumerate(scan) if other is table), len(scan))
         for other in [*scan[here + 1 :], *scan[:here]]:
-            yield from self._cold_blocks(other, 0, other.num_blocks)
-        yield from self._cold_blocks(table, 0, column)
+            yield from self._to_stage(other, 0, other.num_blocks, beside)
+        yield from self._to_stage(table, 0, column, beside)
 
-    def _cold_blocks(self, table: BlockTable, first: int, last: int) -> Iterator[KVBlock]:
-        for run in self.blocks.placement(table).runs:
-            if not run.is_resident:
-                for block in table.blocks(max(first, run.first), min(last, run.last)):
+    def _to_stage(
+        self, table: BlockTable, first: int, last: int, beside: bool
+    ) -> Iterator[KVBlock]:
+        for run, is_in_place in self._runs(table, last, beside):
+            if not is_in_place:
+                for block in table.blocks(max(first, run.first), run.last):
                     if not block.is_resident:
                         yield block
 
@@ -563,7 +694,7 @@ class OffloadManager:
     def _check_stores(self, block: KVBlock) -> None:
         """The highest copy is there. One on its way is on the list of its rung and has its slot,
         and the next one above, from which it comes, is there."""
-        highest = next(rung for rung, slot in enumerate(block.slots) if slot is not None)
+        highest = block.highest
         assert block.stores[highest].is_ready(), f"{block} was dropped above too early"
         block.stores[highest].wait()  # raises if it failed
         for rung, store in enumerate(block.stores):

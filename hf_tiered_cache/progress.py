@@ -35,21 +35,26 @@ class Timing:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+def progress_bar(total: int, label: str, unit: str = "token", delay_seconds: float = 0.0) -> tqdm:
+    """A bar that goes when it is done; not shown where transformers' bars are switched off, nor
+    before `delay_seconds`."""
+    is_off = not logging.is_progress_bar_enabled()
+    return tqdm(
+        total=total, desc=label, unit=unit, disable=is_off, leave=False, delay=delay_seconds
+    )
+
+
 @contextmanager
 def generation_progress(
     model: torch.nn.Module, prompt_tokens: int, new_tokens: int, label: str = ""
 ) -> Iterator[Timing]:
-    """Show bars for one `model.generate(...)` inside, and time it.
+    """Show bars for one `model.generate(...)` inside, and time it; yields the `Timing`.
 
     prompt_tokens: tokens the prefill still has to compute; new_tokens: the most that will follow.
+    The bars obey transformers' switch (`transformers.utils.logging.disable_progress_bar`).
     """
     timing = Timing()
-    is_off = not logging.is_progress_bar_enabled()
-
-    def open_bar(name: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=label + name, unit="token", disable=is_off, leave=False)
-
-    bar = open_bar("prefill", prompt_tokens)
+    bar = progress_bar(prompt_tokens, label + "prefill")
     start = perf_counter()
 
     def count(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -63,7 +68,7 @@ def generation_progress(
             timing.prefill_seconds += seconds
             if timing.prefill_tokens >= prompt_tokens:
                 bar.close()
-                bar = open_bar("decode", max(0, new_tokens - 1))
+                bar = progress_bar(max(0, new_tokens - 1), label + "decode")
         else:
             timing.decode_tokens += tokens
             timing.decode_seconds += seconds

@@ -4,17 +4,23 @@ Loads run ahead of compute: whoever consumes blocks says which ones a forward wi
 the layers and over the token boundary (cold blocks never change and their order is known, so no
 query is needed to load them), and as many loads as there are free staging slots are started.
 Staging slots are ordinary slots of the device tier, so they count in its budget.
+
+On a device with a copy lane the slot of an attended block is filled again only when the device,
+which lags behind, is past the attention that reads it: `release` marks that moment.
 """
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
+from hf_tiered_cache import tracing
 from hf_tiered_cache.block_manager import DEVICE, KVBlock
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.tiers.base import Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
+from hf_tiered_cache.tiers.lane import Mark
+from hf_tiered_cache.tracing import LOAD, LOAD_WAIT
 
 # One read of neighbouring records up to this size: below it the calls, not the bytes, cost.
 READ_BYTES = 1024 * 1024
@@ -42,6 +48,7 @@ class BlockStream:
         self._counters = counters
         self._num_slots = num_slots
         self._free: list[int] = []
+        self._last_reads: dict[int, Mark] = {}  # by free slot, on a device with a lane
         self._staged: dict[KVBlock, _Staged] = {}  # in order of their use
 
     @property
@@ -71,7 +78,9 @@ class BlockStream:
         while self.num_reserved < 0:
             if not self._free:
                 self.discard(next(reversed(self._staged)))  # the last to be used
-            self._device.free(self._free.pop())
+            slot = self._free.pop()
+            self._last_reads.pop(slot, None)
+            self._device.free(slot)
 
     def claim(self) -> None:
         """Take all staging slots from the device tier now, before somebody else does."""
@@ -99,12 +108,17 @@ class BlockStream:
 
     def release(self, blocks: Iterable[KVBlock]) -> None:
         """The blocks were attended; their staging slots are free."""
-        for block in blocks:
-            self._free.append(self._staged.pop(block).slot)
+        slots = [self._staged.pop(block).slot for block in blocks]
+        self._free += slots
+        if self._device.lane is not None and slots:
+            self._last_reads.update(dict.fromkeys(slots, self._device.lane.mark()))
 
     def prefetch(self, upcoming: Iterable[KVBlock]) -> None:
         """Start loading `upcoming` blocks, in order of use, into the free staging slots. A block
         may come more than once: tables share blocks."""
+        if self._device.lane is not None:
+            for staged in self._staged.values():
+                staged.transfer.is_ready()  # what goes in two steps takes the second
         room = len(self._free) + self.num_reserved
         if not room:
             return
@@ -120,8 +134,13 @@ class BlockStream:
         """Forget a staged block, after its load has ended; nothing happens if it is not staged."""
         entry = self._staged.pop(block, None)
         if entry is not None:
-            _settle(entry.transfer)
+            entry.transfer.outlast()
             self._free.append(entry.slot)
+
+    def clear(self) -> None:
+        """Forget everything that is staged."""
+        for block in list(self._staged):
+            self.discard(block)
 
     def _start_missing(self, blocks: Sequence[KVBlock]) -> None:
         missing = [block for block in blocks if block not in self._staged]
@@ -135,15 +154,16 @@ class BlockStream:
         self._start(missing)
 
     def _wait(self, blocks: Sequence[KVBlock]) -> None:
-        """Wait for the loads of staged blocks; when one fails none of them stays staged."""
+        """Wait, or let the device wait, for the loads of staged blocks; when one fails none of them
+        stays staged."""
         transfers = [self._staged[block].transfer for block in blocks]
         try:
             if not all(transfer.is_ready() for transfer in transfers):
-                with span("load_wait"), self._counters.waiting("load_wait_seconds"):
+                with span(LOAD_WAIT), self._counters.waiting("load_wait_seconds"):
                     for transfer in transfers:
-                        transfer.wait()
+                        transfer.hold_device()
             for transfer in transfers:
-                transfer.wait()
+                transfer.hold_device()
         except BaseException:
             for block in blocks:
                 self.discard(block)
@@ -166,13 +186,19 @@ class BlockStream:
             block.stores[rung].wait()  # a copy still being written may not be relied on
         sources = [slot for block in blocks if (slot := block.slots[rung]) is not None]
         slots = [self._take_slot() for _ in blocks]
+        self._hold_loads(slots)
+        issued = perf_counter()
         try:
             transfer = self._tiers[rung].read(sources, [self._device.block(s) for s in slots])
         except BaseException:
             self._free += slots
             raise
         self._counters.loads += len(blocks)
-        self._counters.loaded_bytes += len(blocks) * self._device.block_bytes
+        num_bytes = len(blocks) * self._device.block_bytes
+        self._counters.loaded_bytes += num_bytes
+        if tracing.recorder is not None:
+            layers, name = [block.layer for block in blocks], self._tiers[rung].name
+            tracing.recorder.watch(LOAD, name, layers, len(blocks), num_bytes, issued, transfer)
         for block, slot in zip(blocks, slots, strict=True):
             self._staged[block] = _Staged(slot, transfer)
 
@@ -183,8 +209,12 @@ class BlockStream:
         assert slot is not None, "the device tier gave staging's slots away"
         return slot
 
-
-def _settle(transfer: Transfer) -> None:
-    """Wait for a transfer whose outcome no longer matters."""
-    with contextlib.suppress(TierIOError):
-        transfer.wait()
+    def _hold_loads(self, slots: Sequence[int]) -> None:
+        """Let the next loads come after whatever reads the slots: the attention of what was staged
+        there, or anything where the slot was no staging slot before."""
+        lane = self._device.lane
+        if lane is None:
+            return
+        marks = {self._last_reads.pop(slot, None) for slot in slots}
+        for mark in marks:
+            (mark or lane.mark()).hold_loads()

@@ -14,6 +14,7 @@ from tiers.faulty_file import FaultyFile
 from torch import Tensor
 
 from hf_tiered_cache.block_manager import BlockTable
+from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Transfer
@@ -72,6 +73,8 @@ def make_manager(
     faulty: bool = False,
     layout: BlockLayout = LAYOUT,
     host_blocks: int = 0,
+    cpu_share: float = 0.0,
+    group_columns: int = 1,
 ) -> OffloadManager:
     """A manager over a poisoned device tier and, unless `disk_blocks` is 0, a recording disk; with
     `host_blocks` a poisoned host tier between them."""
@@ -87,7 +90,14 @@ def make_manager(
         tiers.append(
             RecordingDisk(layout.num_bytes, budget, folder, io="buffered", num_threads=2, **knobs)
         )
-    return OffloadManager(layout, tiers, staging, expected_tables)
+    return OffloadManager(
+        layout,
+        tiers,
+        staging,
+        expected_tables,
+        split=LaneSplit(cpu_share),
+        group_columns=group_columns,
+    )
 
 
 _token = count(1)
@@ -110,10 +120,11 @@ def read_table(
     layout = table.layout
     keys = torch.full((table.batch, layout.kv_heads, table.num_tokens, layout.key_dim), torch.nan)
     values = torch.full((*keys.shape[:3], layout.value_dim), torch.nan)
-    slab = manager.device_tier.slab
     next_column = 0
     for chunk in manager.stream(table, scan or [table]):
+        slab = manager.slab(chunk)
         assert chunk.first == next_column, "columns come in order, each once"
+        assert chunk.first % manager.group_columns == 0, "chunks begin with a group"
         for offset, slots in enumerate(chunk.slots.long().unbind(1)):
             first = (chunk.first + offset) * layout.block_tokens
             last = min(first + layout.block_tokens, table.num_tokens)

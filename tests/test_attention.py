@@ -134,6 +134,29 @@ def test_two_dimensional_padding_masks(make_cache, name, budget, queries, side):
     case.check(name, allowed, mask.bool())
 
 
+def test_a_padding_mask_is_looked_into_once_and_again_when_it_changed(monkeypatch):
+    looks = []
+    read = attention._read_padding
+    monkeypatch.setattr(attention, "_read_padding", lambda mask: looks.append(1) or read(mask))
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    for _ in range(3):
+        starts, _ = attention._padding(mask)
+        assert starts.tolist() == [1, 0]
+    assert len(looks) == 1
+    mask[0, 0] = 1
+    assert attention._padding(mask) == (None, None)
+    mask[0, 2] = 0
+    assert attention._padding(mask)[1].tolist() == [[[[True, True, False]]], [[[True] * 3]]]
+    assert len(looks) == 3
+    other = mask.clone()
+    other[0] = torch.tensor([0, 0, 1])
+    assert attention._padding(other)[0].tolist() == [2, 0]
+    with torch.inference_mode():
+        assert attention._padding(torch.tensor([[0, 1]]))[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_a_row_of_nothing_but_padding_gives_zeros_and_disturbs_no_other(make_cache, name, budget):
     case = Case(make_cache, budget, 3)
     mask = torch.ones(2, TOKENS, dtype=torch.bool)

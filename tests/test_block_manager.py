@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BLOCK_TOKENS, LAYOUT
 
-from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager, Run
+from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
 from hf_tiered_cache.errors import BlockStateError
 
 DISK = 1
@@ -293,6 +293,10 @@ def test_truncate_refuses_lengths_that_are_no_prefix(num_tokens):
         caller.blocks.truncate(table, num_tokens)
 
 
+def runs(placement):
+    return [(run.first, run.last, run.rung) for run in placement.runs]
+
+
 def test_a_placement_names_slots_and_runs_and_is_kept_until_something_moves():
     caller, table = filled(16, batch=2)
     for block in list(table.blocks(1, 3)):
@@ -300,16 +304,31 @@ def test_a_placement_names_slots_and_runs_and_is_kept_until_something_moves():
     placement = caller.blocks.placement(table)
     assert placement.slots.dtype == torch.int32
     assert placement.slots.tolist() == [[0, -1, -1, 6], [1, -1, -1, 7]]
-    assert placement.runs == (Run(0, 1, True), Run(1, 3, False), Run(3, 4, True))
+    assert runs(placement) == [(0, 1, DEVICE), (1, 3, DISK), (3, 4, DEVICE)]
+    assert [run.slots.tolist() for run in placement.runs] == [
+        [[0], [1]],
+        [[block.slots[DISK] for block in row[1:3]] for row in table.rows],
+        [[6], [7]],
+    ]
     assert caller.blocks.placement(table) is placement
     caller.demote(table.rows[0][0])
-    assert caller.blocks.placement(table).runs == (Run(0, 3, False), Run(3, 4, True))
+    assert runs(caller.blocks.placement(table)) == [(0, 1, None), (1, 3, DISK), (3, 4, DEVICE)]
 
 
-def test_a_column_with_one_cold_block_is_no_resident_run():
+def test_a_column_with_one_cold_block_is_on_no_rung():
     caller, table = filled(8, batch=2)
     caller.demote(table.rows[1][0])
-    assert caller.blocks.placement(table).runs == (Run(0, 1, False), Run(1, 2, True))
+    first, second = caller.blocks.placement(table).runs
+    assert (first.rung, second.rung) == (None, DEVICE)
+    assert first.slots.tolist() == [[0], [-1]]  # what is on the device can be read there
+
+
+def test_part_of_a_run_has_its_slots():
+    caller, table = filled(16, batch=2)
+    (run,) = caller.blocks.placement(table).runs
+    part = run.part(1, 3)
+    assert (part.first, part.last, part.rung) == (1, 3, DEVICE)
+    assert part.slots.tolist() == [row[1:3] for row in run.slots.tolist()]
 
 
 @pytest.mark.parametrize(

@@ -183,12 +183,48 @@ def test_one_append_that_fits_exactly_goes_in_and_one_more_block_changes_nothing
     host_blocks=st.integers(1, 8),
     disk_blocks=st.sampled_from([0, 2, 5, 1000]),
     staging=st.integers(2, 7),
+    cpu_share=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_random_walk_over_three_rungs(
-    tmp_path, steps, batch, num_layers, device_blocks, host_blocks, disk_blocks, staging
+    tmp_path, steps, batch, num_layers, device_blocks, host_blocks, disk_blocks, staging, cpu_share
 ):
-    manager = make_manager(tmp_path, device_blocks, disk_blocks, staging, host_blocks=host_blocks)
+    manager = make_manager(
+        tmp_path, device_blocks, disk_blocks, staging, host_blocks=host_blocks, cpu_share=cpu_share
+    )
     walk(manager, steps, batch, num_layers)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=IN_TMP_PATH)
+@given(
+    steps=STEPS,
+    batch=st.integers(1, 2),
+    num_layers=st.integers(1, 2),
+    group_columns=st.integers(2, 4),
+    room=st.integers(0, 20),
+    host_blocks=st.sampled_from([0, 3]),
+)
+def test_random_walk_by_groups_of_columns(
+    tmp_path, steps, batch, num_layers, group_columns, room, host_blocks
+):
+    least = 2 * group_columns * batch + num_layers * batch
+    manager = make_manager(
+        tmp_path, least + room, host_blocks=host_blocks, group_columns=group_columns
+    )
+    walk(manager, steps, batch, num_layers)
+
+
+def test_a_group_that_is_partly_cold_comes_whole_and_loads_what_is_cold(tmp_path):
+    manager = make_manager(tmp_path, device_blocks=8 + 6, staging=8, group_columns=4)
+    layer = Shadowed.new(manager)
+    layer.append(11 * BLOCK_TOKENS)
+    settle(manager)
+    assert [block.is_resident for block in layer.table.rows[0]] == [False] * 5 + [True] * 6
+    chunks = [
+        (chunk.first, chunk.slots.shape[1]) for chunk in manager.stream(layer.table, [layer.table])
+    ]
+    assert chunks == [(0, 4), (4, 4), (8, 3)]
+    assert manager.counters.cold_reads == 5
+    layer.check()
 
 
 # --- links that are late, out of order, broken ---------------------------------------------------

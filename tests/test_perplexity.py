@@ -1,6 +1,7 @@
 """`eval/perplexity.py` as a user runs it, on the tiny model and short contexts: figures, bars,
 files, processes; and that it notices a cache that loses blocks."""
 
+import inspect
 import json
 import os
 import socket
@@ -8,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import evaluate
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -16,12 +19,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-import corpora
-import documents
-import parity
+from hf_tiered_cache.evaluation import documents, parity, scoring, standard_library
+from hf_tiered_cache.evaluation.documents import DataError, Document, HubDataset, Text
+
 import perplexity
-import scoring
-from documents import DataError, Document, HubDataset, Text
 from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +115,9 @@ def test_the_files_say_what_was_run_and_where(measured, results):
     assert {"command", "processor", "torch", "transformers", "kernel", "seed", "model"} <= set(
         results
     )
-    assert results["documents"] == [corpora.relative_path(p) for p in corpora.held_out_files()[:3]]
+    assert results["documents"] == [
+        standard_library.relative_path(p) for p in standard_library.held_out_files()[:3]
+    ]
     table = (measured / "perplexity.md").read_text()
     assert table.count("| TieredCache |") == 6
     assert "bars reached" in table
@@ -254,6 +257,7 @@ def test_hub_data_sets_are_asked_for_by_path_config_split_and_revision(monkeypat
             asked.append((args, kwargs))
             return iter([{"text": "a line"}, {"text": "another"}])
 
+    of_datasets = inspect.signature(datasets.load_dataset)
     monkeypatch.setattr(documents, "_datasets", Streaming)
     monkeypatch.setitem(documents.HUB_DATASETS, "book", HubDataset("org/book", "raw", revision="r"))
     assert [text.text for text in documents.read_texts("book")] == ["a line", "another"]
@@ -263,8 +267,39 @@ def test_hub_data_sets_are_asked_for_by_path_config_split_and_revision(monkeypat
     assert given == ("someone/something", None)
     assert book == {"split": "test", "revision": "r", "streaming": True}
     assert something["split"] == "train"
+    for args, kwargs in asked:
+        bound = of_datasets.bind(*args, **kwargs).arguments
+        assert {"path", "name", "split", "revision", "streaming"} <= set(bound)
     assert documents.is_joined("wikitext")
     assert not documents.is_joined("pg19")
+
+
+def test_a_name_of_the_hub_goes_through_datasets_own_streaming(monkeypatch, tmp_path):
+    """As far as it can be without a hub: a folder of parquet files under the name, read by
+    `datasets` itself, split by split, one row at a time."""
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"text": [f"{split} {n}" for n in range(3)], "url": ["u"] * 3})
+        (tmp_path / "book" / "data").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(tmp_path / "book" / "data" / f"{split}-00000-of-00001.parquet")
+    folder = str(tmp_path / "book")
+    monkeypatch.setitem(documents.HUB_DATASETS, "pg19", HubDataset(folder))
+
+    def texts(**knobs: str) -> list[str]:
+        return [text.text for text in documents.read_texts("pg19", **knobs)]
+
+    assert texts() == ["test 0", "test 1", "test 2"]
+    assert texts(split="train")[0] == "train 0"
+    assert texts(column="url") == ["u", "u", "u"]
+    with pytest.raises(DataError, match=r"--split validation: .*; expected a data set of the hub"):
+        texts(split="validation")
+    with pytest.raises(DataError, match=r"--column body .*columns of text: text, url"):
+        texts(column="body")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"--data emozilla/pg19, --split test: .*local file"):
+        list(documents.read_texts("pg19"))
 
 
 def test_short_texts_are_joined_or_refused(tokenizer):
@@ -302,7 +337,7 @@ def test_strided_windows_score_every_token_once(tokenizer):
 def test_scores_are_those_of_one_plain_forward(tokenizer, tmp_path):
     """Of the second window of a slide: only its last tokens, given everything in the window."""
     model = perplexity.load_model(str(perplexity.TINY_LM), "float32")
-    text = corpora.held_out_files()[0].read_text()
+    text = standard_library.held_out_files()[0].read_text()
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0, :400]
     window = list(scoring.make_windows(Document("d", ids), tokenizer, 200, 80, 2))[1]
     shape = scoring.block_shape(model, 16, str(tmp_path))

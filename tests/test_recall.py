@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import recall
 
-import corpora
+from hf_tiered_cache.evaluation import standard_library
+
 from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,12 @@ def test_a_cache_that_loses_blocks_fails(tmp_path):
 
 def test_variables_are_a_chain_to_the_value():
     question = recall.make_question(
-        random.Random(0), "variables", 800, 0.5, 800, corpora.read_files(corpora.train_files()[:3])
+        random.Random(0),
+        "variables",
+        800,
+        0.5,
+        800,
+        standard_library.read_files(standard_library.train_files()[:3]),
     )
     known = dict(line.split("=") for line in question.text.splitlines() if "=" in line[4:5])
     followed = question.key

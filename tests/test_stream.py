@@ -213,3 +213,74 @@ def test_an_abandoned_stream_leaves_the_ring_usable(tmp_path):
         shadow.manager.check_integrity()
     for shadow in shadows:
         shadow.check()
+
+
+# --- a device that lags behind -------------------------------------------------------------------
+
+
+class Clock:
+    """A lane that notes which moments loads were told to come after."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.held: list[int] = []
+
+    def mark(self):
+        moment = self.now
+
+        class Mark:
+            @staticmethod
+            def hold_loads() -> None:
+                self.held.append(moment)
+
+        return Mark
+
+    def settle(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lagging(ring):
+    ring.device.lane = clock = Clock()
+    return ring, clock
+
+
+def test_a_slot_that_was_no_staging_slot_is_filled_behind_all_the_device_was_given(lagging):
+    ring, clock = lagging
+    clock.now = 7
+    ring.load(0, 1)
+    assert clock.held == [7]
+
+
+def test_a_staging_slot_is_filled_behind_the_attention_of_what_was_in_it(lagging):
+    ring, clock = lagging
+    ring.load(0, 1, 2, 3)
+    for clock.now, block in ((1, 0), (2, 1)):
+        ring.release(block)
+    clock.now = 9
+    clock.held.clear()
+    ring.prefetch(4)
+    assert clock.held == [2]
+    ring.prefetch(5)
+    assert clock.held == [2, 1]
+
+
+def test_a_slot_that_was_given_back_meanwhile_is_a_new_one(lagging):
+    ring, clock = lagging
+    ring.load(0, 1)
+    clock.now = 1
+    ring.release(0, 1)
+    ring.stream.resize(0)
+    ring.stream.resize(2)
+    clock.now = 5
+    clock.held.clear()
+    ring.load(2)
+    assert clock.held == [5]
+
+
+def test_all_that_is_staged_can_be_given_up(ring):
+    ring.prefetch(0, 1, 2)
+    ring.stream.clear()
+    ring.load(0)
+    assert ring.disk.read_slots == [0, 1, 2, 0]
+    assert ring.stream.num_taken == 3

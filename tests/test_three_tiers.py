@@ -97,24 +97,32 @@ def test_tokens_are_those_of_a_dynamic_cache_and_bits_do_not_depend_on_budgets(
     least = 3 * LEAST if how == "beams" else LEAST
     expected, reference = run(model, DynamicCache(), **knobs)
     logits = None
-    for device, host, disk in [
-        (least, 1, 1000),
-        (least, 4, 1000),
-        (least, 11, 1000),
-        (least + 5, 6, 1000),
-        (least, 1000, 0),
-        (least, 0, 1000),
-        (1000, 4, 1000),
+    for device, host, disk, cpu_share in [
+        (least, 1, 1000, 0),
+        (least, 4, 1000, "auto"),
+        (least, 11, 1000, 1),
+        (least, 11, 1000, 0.5),
+        (least + 5, 6, 1000, 0),
+        (least, 1000, 0, 0),
+        (least, 1000, 0, "auto"),
+        (least, 1000, 0, 0.3),
+        (least, 0, 1000, 1),
+        (1000, 4, 1000, 1),
     ]:
-        cache = make_cache(model.config, device, host_bytes=host * BLOCK, disk_bytes=disk * BLOCK)
+        sizes = {"host_bytes": host * BLOCK, "disk_bytes": disk * BLOCK}
+        cache = make_cache(model.config, device, **sizes, cpu_share=cpu_share)
         tokens, got = run(model, cache, **knobs)
-        assert torch.equal(tokens, expected), (device, host, disk)
+        assert torch.equal(tokens, expected), (device, host, disk, cpu_share)
         assert (got - reference).abs().max() < 2e-4
         logits = got if logits is None else logits
-        assert torch.equal(got, logits), (device, host, disk)
+        assert torch.equal(got, logits), (device, host, disk, cpu_share)
         check_integrity(cache)
-        is_cold = cache.stats().counters.cold_reads > 0
-        assert is_cold == (device < 1000)
+        counters = cache.stats().counters
+        is_cold = device < 1000
+        # A chunk of one block is too few to be shared by a third.
+        assert (counters.in_place_reads > 0) == (is_cold and host > 1 and cpu_share != 0)
+        if how != "beams":  # where rows of a column differ, what is cold is staged
+            assert (counters.cold_reads > 0) == (is_cold and (disk > 0 or cpu_share in (0, 0.3)))
         if is_cold and host and disk and how != "beams":  # those share much of what they hold
             assert all(tier.blocks for tier in cache.stats().tiers)
         cache.close()
@@ -147,9 +155,9 @@ def test_the_oracle_would_notice_blocks_lost_on_the_host(make_cache, monkeypatch
     expected, _ = run(model, DynamicCache())
     whole = OffloadManager.stream
 
-    def without_host(self, table, scan, num_tokens=None):
+    def without_host(self, table, *arguments):
         on_host = {i for i, b in enumerate(table.rows[0]) if b.copy_below(-1) == 1}
-        return iter([c for c in whole(self, table, scan, num_tokens) if c.first not in on_host])
+        return iter([c for c in whole(self, table, *arguments) if c.first not in on_host])
 
     monkeypatch.setattr(OffloadManager, "stream", without_host)
     tokens, _ = run(model, make_cache(model.config, LEAST, host_bytes=7 * BLOCK))

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_tiered_cache import TieredCache
+from hf_tiered_cache.evaluation import standard_library
 
 import corpora
 
@@ -28,7 +29,7 @@ def model():
 def prompt() -> torch.Tensor:
     """The first bytes of a source file the model was not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "eval" / "tiny_lm")
-    text = corpora.held_out_files()[0].read_text()
+    text = standard_library.held_out_files()[0].read_text()
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :CONTEXT]
 
 
@@ -95,7 +96,7 @@ def test_the_model_notices_when_the_middle_of_the_cache_is_gone(model):
 def recall_documents() -> Iterator[tuple[str, str]]:
     """(text, question with its answer) of facts that stand in the middle of 2.5K bytes."""
     rng = random.Random(0)
-    filler = corpora.read_files(corpora.held_out_files()[:4])
+    filler = standard_library.read_files(standard_library.held_out_files()[:4])
     for _ in range(4):
         document = corpora.recall_document(rng, 2500, filler, distance_bytes=1250)
         yield document.text, document.question + document.answer

@@ -40,6 +40,7 @@ __all__ = [
     "available_kernels",
     "backend",
     "finish_attention",
+    "join_states",
     "merge_attention_states",
     "not_supported_reasons",
     "paged_attention",
@@ -251,6 +252,16 @@ def finish_attention(
         torch.get_num_threads(),
     )
     return AttentionState(out, lse)
+
+
+def join_states(state: RunningState, other: RunningState) -> None:
+    """Fold `other`, over positions that `state` has not seen, into `state`."""
+    if state.acc.shape != other.acc.shape or state.acc.dtype != other.acc.dtype:
+        raise UnsupportedInputError(
+            f"join_states: got {other.acc.dtype} {list(other.acc.shape)}, expected a state like "
+            f"the first, {state.acc.dtype} {list(state.acc.shape)}"
+        )
+    reference.join_states(state, other)
 
 
 def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionState:

@@ -113,6 +113,12 @@ def finish_attention(state: RunningState, out: Tensor, sinks: Tensor | None) -> 
 
 
 @torch.no_grad()
+def join_states(state: RunningState, other: RunningState) -> None:
+    """Fold `other` into `state`."""
+    _fold(state, slice(None), other.acc, other.max, other.sum)
+
+
+@torch.no_grad()
 def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionState:
     """The state of attention over both sets of positions; float32."""
     lse = torch.logaddexp(a.lse.float(), b.lse.float())

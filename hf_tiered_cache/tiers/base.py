@@ -10,10 +10,12 @@ A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers
 contract tests run over every registered tier.
 """
 
+import contextlib
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from time import perf_counter
 from typing import ClassVar
 
 import torch
@@ -67,14 +69,25 @@ class Transfer:
 
     `is_ready()` is False only while pending. Ready means that no thread touches the memory of the
     transfer any more, whether it is done or failed. Waiting on a ready transfer takes no lock.
+
+    A device that is not the CPU works behind it: `hold_device()` makes the device wait, and the CPU
+    goes on where it can.
+
+    `began_at` and `ended_at`, seconds of `perf_counter`: when bytes moved, once it is ready; None
+    where nobody knows.
     """
 
-    __slots__ = ("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid")
+    __slots__ = (
+        *("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid"),
+        *("began_at", "ended_at"),
+    )
 
     def __init__(self, num_parts: int = 1) -> None:
         self._open_parts = num_parts
         self._error: TierIOError | None = None
         self._is_ready = num_parts == 0
+        self.began_at: float | None = None
+        self.ended_at: float | None = None
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._latch = threading.Lock()  # held until the last part ends; waiters queue on it
@@ -96,6 +109,16 @@ class Transfer:
             message = self._error.strerror or str(self._error)
             raise io_error(self._error.errno, message) from self._error.__cause__
 
+    def outlast(self) -> None:
+        """Return when it has ended, done or failed."""
+        with contextlib.suppress(TierIOError):
+            self.wait()
+
+    def hold_device(self) -> None:
+        """Let all that the device is given from now on come after this transfer. Raises as `wait`,
+        of what is known by then. Here, and wherever the device is the CPU, the same as `wait`."""
+        self.wait()
+
     def check_process(self) -> None:
         """Raise ClosedCacheError in a forked child, where nobody would end this transfer."""
         if os.getpid() != self._pid:
@@ -103,6 +126,12 @@ class Transfer:
                 f"this transfer belongs to process {self._pid}, and its threads stayed there;"
                 " make a new cache after fork()"
             )
+
+    def moved(self, began: float, ended: float) -> None:
+        """Bytes of a part moved in [began, ended); for tiers that know, before the part ends."""
+        with self._lock:
+            self.began_at = min(began, self.began_at or began)
+            self.ended_at = max(ended, self.ended_at or ended)
 
     def end_part(self, error: TierIOError | None = None) -> None:
         """One part ended, failed if `error` is given. For tiers; the first error wins."""
@@ -112,6 +141,8 @@ class Transfer:
             self._open_parts -= 1
             if self._open_parts:
                 return
+            if self.ended_at is None:
+                self.ended_at = perf_counter()
             self._is_ready = True
         self._latch.release()
 
@@ -131,7 +162,7 @@ class Tier(ABC):
     verb but `close` raises ClosedCacheError.
     """
 
-    name: ClassVar[str]
+    name: str
     registry: ClassVar[dict[str, type["Tier"]]] = {}
 
     block_bytes: int
@@ -176,6 +207,10 @@ class Tier(ABC):
         transfer under way, and UnsupportedInputError for a tensor that does not fit, both before
         anything is written.
         """
+
+    @abstractmethod
+    def check_allocated(self, slots: Sequence[int]) -> None:
+        """Raise BlockStateError unless every slot is allocated."""
 
     @property
     @abstractmethod

@@ -9,21 +9,30 @@ import weakref
 import torch
 
 from hf_tiered_cache.tiers.base import Budget
+from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
 from hf_tiered_cache.tiers.slots import SlotPool
 
 
 class DeviceTier(MemoryTier, name="device"):
-    """Blocks in the memory attention reads; see `MemoryTier`."""
+    """Blocks in the memory attention reads; see `MemoryTier`.
+
+    `lane`: what copies blocks to and from it; None where the device is the CPU.
+    """
 
     def __init__(
-        self, block_bytes: int, budget: Budget, device: torch.device | str = "cpu"
+        self,
+        block_bytes: int,
+        budget: Budget,
+        device: torch.device | str = "cpu",
+        lane: CopyLane | None = None,
     ) -> None:
         """Raises ConfigError when the budget cannot be mapped, or `block_bytes` is no multiple of
         4096. On a device other than the CPU what is left of the budget is allocated here, and
         torch's own out-of-memory error goes through."""
         super().__init__(block_bytes, budget)
         self.device = torch.device(device)
+        self.lane = lane
         if self.device.type == "cpu":
             max_slots, step_slots = budget.limit_bytes // block_bytes, 1
             self._mapping, self._slab = virtual_slab(max_slots, block_bytes, budget.name)
@@ -42,7 +51,13 @@ class DeviceTier(MemoryTier, name="device"):
             if first is not None:
                 self._pool.free(first)
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block from one slot to another, in the device's own order."""
+        self.slab[target].copy_(self.slab[source])
+
     def close(self) -> None:
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
+        if self.lane is not None:
+            self.lane.settle()
         self._finalizer()
         self._give_back()

@@ -117,6 +117,11 @@ class DiskTier(Tier, name="disk"):
         self._check_memory(slots, data)
         return self._start(WriteRecords, self._table.begin_write, slots, data)
 
+    def check_allocated(self, slots: Sequence[int]) -> None:
+        """Raise BlockStateError unless every slot is allocated."""
+        self._check_usable()
+        self._table.check_allocated(slots)
+
     @property
     def used_slots(self) -> int:
         """Slots handed out and not freed."""

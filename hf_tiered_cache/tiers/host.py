@@ -4,10 +4,11 @@ Getting memory costs about a tenth of a second for a GiB (pages are zeroed, and 
 so it grows by slabs, in background threads, before their slots are handed out.
 """
 
+import contextlib
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -44,14 +45,17 @@ class HostTier(MemoryTier, name="host"):
         *,
         pinning: Pinning | None = None,
         slab_bytes: int = SLAB_BYTES,
+        near: Iterable[int] = (),
     ) -> None:
-        """Raises ConfigError when the budget cannot be mapped, or `block_bytes` is no multiple of
+        """near: the processors whose memory it should be; any, where none are given.
+
+        Raises ConfigError when the budget cannot be mapped, or `block_bytes` is no multiple of
         4096."""
         super().__init__(block_bytes, budget)
         max_slots = budget.limit_bytes // block_bytes
         self._mapping, slab = virtual_slab(max_slots, block_bytes, budget.name)
         self._slab = slab
-        self._growth = _Growth(slab, pinning)
+        self._growth = _Growth(slab, pinning, frozenset(near))
         slab_bytes = min(slab_bytes, budget.limit_bytes // SLABS_PER_BUDGET)
         self._pool = SlotPool(
             block_bytes,
@@ -66,6 +70,10 @@ class HostTier(MemoryTier, name="host"):
     def memory_kind(self) -> str:
         """How the memory is held: "pageable", "pinned", or "pageable: pinning failed"."""
         return self._growth.memory_kind
+
+    def is_pinned(self, slot: int) -> bool:
+        """Whether the memory of a slot that was handed out is pinned."""
+        return slot < self._growth.num_pinned_slots
 
     def allocate(self) -> int | None:
         """A slot; see `Tier.allocate`. Waits where its memory is not there yet."""
@@ -92,16 +100,17 @@ class _Growth:
     Called under the lock of the tier's slot pool, so nothing here but `wait` and `close` waits.
     """
 
-    def __init__(self, slab: torch.Tensor, pinning: Pinning | None) -> None:
+    def __init__(self, slab: torch.Tensor, pinning: Pinning | None, near: frozenset[int]) -> None:
         self.memory_kind = "pageable" if pinning is None else "pinned"
+        self.num_pinned_slots = 0  # the first ones: after a refusal none is pinned any more
         self._slab = slab
         self._pinning = pinning
+        self._near = near
         self._pinned: list[int] = []  # addresses
         self._is_closed = False
         self._threads = IOThreads(min(MAX_THREADS, os.cpu_count() or 1), "hf_tiered_cache-host")
-        self._slabs: deque[tuple[int, Transfer]] = (
-            deque()
-        )  # (first slot, its memory), not waited for
+        # (first slot, its memory) that nobody waited for yet
+        self._slabs: deque[tuple[int, Transfer]] = deque()
 
     def begin(self, start: int, stop: int) -> None:
         """Get the memory of the slots `[start, stop)`."""
@@ -110,9 +119,9 @@ class _Growth:
         pieces = memory.split(PIECE_BYTES)
         touched, is_there = Transfer(len(pieces)), Transfer()
         for piece in pieces:
-            self._threads.submit(_Job(partial(_touch, piece), touched))
+            self._threads.submit(_Job(partial(self._get, piece), touched))
         # Behind the pieces in the queue: a job may wait for those before it.
-        self._threads.submit(_Job(partial(self._pin, touched, memory), is_there))
+        self._threads.submit(_Job(partial(self._pin, touched, memory, stop), is_there))
         self._slabs.append((start, is_there))
 
     def wait(self, slot: int) -> None:
@@ -129,12 +138,19 @@ class _Growth:
             assert self._pinning is not None
             self._pinning.unregister(self._pinned.pop())
 
-    def _pin(self, touched: Transfer, memory: torch.Tensor) -> None:
+    def _get(self, memory: torch.Tensor) -> None:
+        if self._near and hasattr(os, "sched_setaffinity"):
+            with contextlib.suppress(OSError):  # not ours to use: the memory is elsewhere, as good
+                os.sched_setaffinity(0, self._near)  # of this thread, which has no other work
+        _touch(memory)
+
+    def _pin(self, touched: Transfer, memory: torch.Tensor, stop: int) -> None:
         touched.wait()
         if self._pinning is None or self.memory_kind != "pinned" or self._is_closed:
             return
         if self._pinning.register(memory.data_ptr(), memory.numel()):
             self._pinned.append(memory.data_ptr())
+            self.num_pinned_slots = stop
             return
         self.memory_kind = "pageable: pinning failed"
         logger.warning_once(

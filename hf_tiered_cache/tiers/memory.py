@@ -54,6 +54,16 @@ class MemoryTier(Tier):
         """A view of the block in `slot`: uint8 `[block_bytes]`."""
         return self.slab[slot]
 
+    def blocks(self, slots: Sequence[int]) -> list[torch.Tensor]:
+        """`block` of each slot. Raises BlockStateError for one that is not allocated."""
+        self.check_allocated(slots)
+        return [self.slab[slot] for slot in slots]
+
+    def check_allocated(self, slots: Sequence[int]) -> None:
+        """Raise BlockStateError unless every slot is allocated."""
+        self._check_open()
+        self._pool.check(slots)
+
     def allocate(self) -> int | None:
         """A slot; see `Tier.allocate`."""
         self._check_open()
@@ -67,21 +77,19 @@ class MemoryTier(Tier):
             slab[slot].fill_(0xFF)
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
-        """Copy blocks out of the slab, at once on the CPU, in the current stream elsewhere."""
+        """Copy blocks out of the slab, at once."""
         self._check_open()
         check_blocks(slots, out, self.block_bytes)
-        self._pool.check(slots)
-        for slot, block in zip(slots, out, strict=True):
-            block.copy_(self.slab[slot])
+        for block, stored in zip(out, self.blocks(slots), strict=True):
+            block.copy_(stored)
         return DONE
 
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
-        """Copy blocks into the slab, at once on the CPU, in the current stream elsewhere."""
+        """Copy blocks into the slab, at once."""
         self._check_open()
         check_blocks(slots, data, self.block_bytes)
-        self._pool.check(slots)
-        for slot, block in zip(slots, data, strict=True):
-            self.slab[slot].copy_(block)
+        for stored, block in zip(self.blocks(slots), data, strict=True):
+            stored.copy_(block)
         return DONE
 
     @property

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class RecordsJob:
         if not self._claim.acquire(blocking=False):
             return
         failure: TierIOError | None = None
+        began = perf_counter()
         try:
             work()
         except TierIOError as error:
@@ -120,6 +122,10 @@ class RecordsJob:
             failure = self._cancelled()
             raise
         finally:
+            if self.move is None:
+                self.transfer.moved(began, perf_counter())
+            elif self.move.error != CANCELLED:
+                self.transfer.moved(self.move.began, self.move.ended)
             self._end(failure)
 
     def _end(self, error: TierIOError | None) -> None:

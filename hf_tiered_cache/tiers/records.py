@@ -63,6 +63,10 @@ class RecordTable:
         with self._changed:
             return self._pool.num_free() + self._num_retired
 
+    def check_allocated(self, slots: Sequence[int]) -> None:
+        """Raise BlockStateError unless every slot is allocated."""
+        self._pool.check(slots)
+
     def allocate(self, wait: Callable[[], None] | None = None) -> int | None:
         """The lowest free slot. Waits for a retired one when no other is left.
 

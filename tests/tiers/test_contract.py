@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiers.late_lane import LateDevice, LateLane, RefusingPinning
 from tiers.late_tier import LateTier, Link
 
 from hf_tiered_cache.errors import (
@@ -16,6 +17,7 @@ from hf_tiered_cache.errors import (
     UnsupportedInputError,
 )
 from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Tier
+from hf_tiered_cache.tiers.lane_tier import BounceRing, LaneTier, behind_lane
 
 BLOCK = 8192
 
@@ -37,6 +39,30 @@ VARIANTS = {
     ),
     "disk python mixed": lambda block, budget, folder: DiskTier(
         block, budget, folder, page_cache_bytes=4 * block, num_threads=1, mover="python"
+    ),
+}
+
+
+class EverythingOutside(LateLane):
+    """Takes all memory but that of the tiers it serves for the device's."""
+
+    def carries(self, block: torch.Tensor) -> bool:
+        return True
+
+
+def behind(tier: Tier, pinned_ranges: int = 0) -> LaneTier:
+    """A tier as a device sees it that lags behind, with bounce slots for three blocks."""
+    memory = HostTier(BLOCK, Budget("bounce", 3 * BLOCK), pinning=RefusingPinning(pinned_ranges))
+    return behind_lane(tier, EverythingOutside(LateDevice()), BounceRing(memory, 3))
+
+
+VARIANTS |= {
+    "host pinned, behind a lane": lambda block, budget, _folder: behind(
+        HostTier(block, budget, pinning=RefusingPinning())
+    ),
+    "host pageable, behind a lane": lambda block, budget, _folder: behind(HostTier(block, budget)),
+    "disk behind a lane": lambda block, budget, folder: behind(
+        DiskTier(block, budget, folder, io="buffered")
     ),
 }
 

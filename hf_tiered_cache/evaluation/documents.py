@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from corpora import held_out_files, relative_path
+from hf_tiered_cache.evaluation.standard_library import held_out_files, relative_path
 
 STDLIB = "stdlib"
 TEXT_SEPARATOR = "\n\n"
@@ -107,7 +107,8 @@ def long_documents(
     Raises DataError when there is none.
     """
     found: list[Document] = []
-    longest, pieces = 0, []
+    longest = 0
+    pieces: list[Text] = []
     for text in itertools.islice(texts, MAX_TEXTS):
         pieces = [*pieces, text] if join else [text]
         # A token is a byte at least, so short ones need not be tokenized.
@@ -124,7 +125,7 @@ def long_documents(
     if not found:
         raise DataError(
             f"no text of {min_tokens:,} tokens (the longest that was tokenized has {longest:,}): "
-            "give smaller --contexts, longer --data, or --join to join texts"
+            "give a smaller context, longer --data, or --join to join texts"
         )
     return found
 
@@ -142,13 +143,21 @@ def _folder_texts(folder: Path) -> Iterator[Text]:
 
 
 def _hub_texts(dataset: HubDataset, split: str | None, column: str | None) -> Iterator[Text]:
-    rows = _datasets().load_dataset(
-        dataset.path,
-        dataset.config,
-        split=split or dataset.split,
-        revision=dataset.revision,
-        streaming=True,
-    )
+    datasets = _datasets()
+    try:
+        rows = datasets.load_dataset(
+            dataset.path,
+            dataset.config,
+            split=split or dataset.split,
+            revision=dataset.revision,
+            streaming=True,
+        )
+    except (OSError, ValueError) as error:  # not reached, not there; no such split or config
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"--data {dataset.path}, --split {split or dataset.split}: {reason}; expected a data "
+            "set of the hub that can be reached, or a local file or folder"
+        ) from None
     yield from _rows(rows, dataset.path, column or dataset.column)
 
 

@@ -19,11 +19,12 @@ import torch
 import xxhash
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from hf_tiered_cache import TieredCache
+from hf_tiered_cache.cache import TieredCache
+from hf_tiered_cache.evaluation.documents import Document
+from hf_tiered_cache.evaluation.models import ModelError
 from hf_tiered_cache.metrics import CacheStats
 
-from documents import Document
-
+MIN_BLOCK_TOKENS = 16
 ROWS_AT_ONCE = 128  # of the logits, in float64
 ROUNDINGS_OF_A_FLIP = 2
 # What a TieredCache takes of its device budget for blocks passing through, unless it is told.
@@ -112,6 +113,11 @@ class Pass:
         return self.context, self.document, self.start
 
 
+def num_tokens(window: Window, plan: Plan) -> int:
+    """Tokens that go through the model in one pass."""
+    return window.context + max(0, plan.new_tokens - 1)
+
+
 def make_windows(
     document: Document, tokenizer: Any, context: int, stride: int | None, limit: int
 ) -> Iterator[Window]:
@@ -139,6 +145,7 @@ class Reference:
         self._logits: torch.Tensor | None = None
 
     def keep(self, first: int, logits: torch.Tensor) -> None:
+        """Store the rows from `first` on."""
         if self._logits is None:
             size = self._num_rows * logits.shape[1]
             with tempfile.NamedTemporaryFile(dir=self._folder) as file:
@@ -215,7 +222,7 @@ def run_window(
     ]
     for first, last in [*chunks, *((i, i + 1) for i in range(prefilled, context))]:
         logits = forward(ids[:, first:last])
-        digest.update(logits.contiguous().view(torch.uint8).numpy())
+        digest.update(logits.contiguous().view(torch.uint8).numpy().data)
         for row in range(0, last - first, ROWS_AT_ONCE):
             rows = logits[row : row + ROWS_AT_ONCE]
             note(first + row, rows)
@@ -225,7 +232,7 @@ def run_window(
             guesses.append(rows[: len(targets)].argmax(-1))
     for step in range(plan.new_tokens):
         token = logits[-1:].argmax(-1)
-        found.continuation.append(token.item())
+        found.continuation.append(int(token))
         if step + 1 == plan.new_tokens:
             break
         logits = forward(token[None].to(model.device))
@@ -270,14 +277,41 @@ class BlockShape:
 def block_shape(
     model: PreTrainedModel, block_tokens: int | None, disk_dir: str | None
 ) -> BlockShape:
-    """Ask a cache that holds a few tokens."""
+    """Ask a cache that holds a few tokens. Raises ModelError where no layer is kept in blocks."""
     with TieredCache(config=model.config, block_tokens=block_tokens, disk_dir=disk_dir) as cache:
         for tokens in (4, 1):  # also the first, slow forward of either kind
             model(
                 torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache
             )
         stats = cache.stats()
+    if not stats.num_layers:
+        raise ModelError(
+            f"{type(model).__name__} keeps no layer in blocks (they are for full attention), so "
+            "there is nothing to measure; expected a model with full-attention layers"
+        )
     return BlockShape(stats.block_tokens, stats.block_bytes, stats.num_layers)
+
+
+def fitting_shape(
+    model: PreTrainedModel,
+    context: int,
+    share: float,
+    block_tokens: int | None = None,
+    disk_dir: str | None = None,
+) -> BlockShape:
+    """The shape of the blocks; smaller ones than usual where a context is short.
+
+    Each layer's filling block stays on the device, so that at the usual size `context` tokens
+    might not get `share` off it. block_tokens: asked for by the user, taken as it is.
+    """
+    shape = block_shape(model, block_tokens, disk_dir)
+    if block_tokens:
+        return shape
+    most = context * (1 - share)
+    fitting = max(MIN_BLOCK_TOKENS, 2 ** math.floor(math.log2(max(1.0, most))))
+    if fitting < shape.block_tokens:
+        return block_shape(model, fitting, disk_dir)
+    return shape
 
 
 def score_window(
@@ -295,8 +329,8 @@ def score_window(
     attention: transformers' name of the attention that the tiered passes use; None for the
     model's own.
     """
-    num_tokens = window.context + plan.new_tokens
-    reference = Reference(num_tokens, disk_dir)
+    most_tokens = window.context + plan.new_tokens
+    reference = Reference(most_tokens, disk_dir)
     own = model.config._attn_implementation
     dynamic = DynamicCache(config=model.config)
     first = run_window(
@@ -310,7 +344,7 @@ def score_window(
             model.set_attn_implementation(attention)
         for share in shares:
             found = Pass("TieredCache", share)
-            budgets = shape.budgets(num_tokens, share)
+            budgets = shape.budgets(most_tokens, share)
             with TieredCache(config=model.config, disk_dir=disk_dir, **budgets) as cache:
                 run_window(model, cache, window, plan, reference, found, on_tokens)
                 read_stats(found, cache.stats())

@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_tiered_cache.evaluation.scoring import ROUNDINGS_OF_A_FLIP, Flip, Pass
 from hf_tiered_cache.sizes import format_bytes
-
-import benchmarking
-from scoring import ROUNDINGS_OF_A_FLIP, Flip, Pass
 
 # |delta NLL| per token, in nats, that a dtype may show against DynamicCache in the same dtype.
 NLL_BARS = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
@@ -51,11 +49,16 @@ def rows(dtype: str, passes: list[Pass]) -> list[dict[str, Any]]:
         groups.setdefault((one.context, one.cache, one.share), []).append(one)
     dynamic = {one.key: one for one in passes if one.cache == "DynamicCache"}
     resident = {one.key: one for one in passes if one.share == 0}
-    table = []
+    table: list[dict[str, Any]] = []
     for (context, cache, share), group in sorted(
         groups.items(), key=lambda item: (item[0][0], -1.0 if item[0][2] is None else item[0][2])
     ):
-        row = {"dtype": dtype, "context": context, "cache": cache, "share_asked": share}
+        row: dict[str, Any] = {
+            "dtype": dtype,
+            "context": context,
+            "cache": cache,
+            "share_asked": share,
+        }
         row |= _likelihoods(group)
         row |= _speed(group)
         row["peak_bytes"] = {
@@ -297,10 +300,3 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 SLOWDOWNS = ("slowdown_over_resident", "slowdown_over_dynamic")
-
-
-def judge(table: benchmarking.Table, kept: list[Bar]) -> bool:
-    """Print every bar with reached or MISSED; return whether all were reached."""
-    for bar in kept:
-        table.value(bar.what, bar.measured, bar=bar.bar, is_reached=bar.is_reached)
-    return all(bar.is_reached for bar in kept)

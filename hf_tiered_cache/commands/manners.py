@@ -1,0 +1,66 @@
+"""What all commands have in common: mistakes in one line, quiet libraries, tables, JSON."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import typer
+from transformers.utils import logging
+
+from hf_tiered_cache.errors import TieredCacheError
+from hf_tiered_cache.evaluation.documents import DataError
+from hf_tiered_cache.evaluation.models import ModelError
+
+MISSED, MISTAKE = 1, 2  # exit codes
+
+
+class MistakeError(ValueError):
+    """An argument that cannot be; names it, what was got and what is expected."""
+
+
+def command(run: Callable[..., None]) -> Callable[..., None]:
+    """A command whose mistakes end with one line on stderr and exit code 2."""
+
+    @functools.wraps(run)
+    def with_manners(*args: Any, **kwargs: Any) -> None:
+        if "TRANSFORMERS_VERBOSITY" not in os.environ:
+            logging.set_verbosity_error()
+        try:
+            run(*args, **kwargs)
+        except (MistakeError, DataError, ModelError, TieredCacheError, OSError) as error:
+            fail(str(error))
+        except torch.OutOfMemoryError as error:
+            fail(f"{str(error).splitlines()[0]} Give a smaller --context, or --device cpu.")
+
+    return with_manners
+
+
+def fail(message: str) -> None:
+    """End with `message`, in one line, on stderr and the exit code of a mistake."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(MISTAKE)
+
+
+def check(is_right: bool, message: str) -> None:
+    """Raise MistakeError with `message` unless `is_right`."""
+    if not is_right:
+        raise MistakeError(message)
+
+
+def print_json(results: Any) -> None:
+    """Results alone on stdout."""
+    json.dump(results, sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first row being headings; columns aligned to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,83 @@
+"""Arguments that several commands take."""
+
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hf_tiered_cache.commands.manners import check
+from hf_tiered_cache.evaluation.documents import (
+    STDLIB,
+    Document,
+    is_joined,
+    long_documents,
+    read_texts,
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id of a causal model, or its folder.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help=f"What it reads: a text file, a folder of texts, {STDLIB} (sources of Python's "
+        "standard library), a parquet file, pg19, proof-pile, wikitext, or org/name of the hub."
+    ),
+]
+Split = Annotated[str | None, typer.Option(help="Of a data set.")]
+Column = Annotated[str | None, typer.Option(help="Of a data set's texts.")]
+Join = Annotated[bool | None, typer.Option(help="Join texts until they are long enough.")]
+Shares = Annotated[
+    list[float] | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the cache off the device; may be given often (default: 0, 0.5, 0.9).",
+    ),
+]
+Chunk = Annotated[int, typer.Option(help="Prompt tokens per forward.")]
+Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+Attention = Annotated[
+    str | None, typer.Option(help='With the tiered cache, e.g. "tiered"; default: the model\'s.')
+]
+BlockTokens = Annotated[int | None, typer.Option(help="A power of two; default: the cache's.")]
+DiskDir = Annotated[str | None, typer.Option(help="Folder of the disk tier.")]
+DiskIO = Annotated[str, typer.Option(help="auto, direct, buffered.")]
+Threads = Annotated[int | None, typer.Option(help="Of torch; default: torch's own choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_SHARES = (0.0, 0.5, 0.9)
+
+
+def find_documents(
+    tokenizer: Any,
+    data: str,
+    split: str | None,
+    column: str | None,
+    join: bool | None,
+    min_tokens: int,
+    number: int = 1,
+) -> list[Document]:
+    """The first documents of `data` that are long enough. Raises DataError."""
+    texts = read_texts(data, split, column)
+    is_joining = is_joined(data) if join is None else join
+    return long_documents(texts, tokenizer, min_tokens, number, is_joining)
+
+
+def check_shares(shares: list[float] | None, most: float) -> list[float]:
+    """Those asked for in order, or the default ones. Raises MistakeError for one above `most`."""
+    for share in shares or ():
+        check(0 <= share <= most, f"--off-device {share}: expected a share from 0 to {most:g}")
+    return sorted(set(shares or DEFAULT_SHARES))
+
+
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """Raise MistakeError for a number below `least`; by the names of the options."""
+    for name, got in numbers.items():
+        option = name.replace("_", "-")
+        check(got is None or got >= least, f"--{option} {got}: expected {least} or more")
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch, and so our kernels, use that many threads."""
+    check_at_least(1, threads=threads)
+    if threads:
+        torch.set_num_threads(threads)

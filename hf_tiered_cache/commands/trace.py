@@ -1,0 +1,89 @@
+"""`trace MODEL`: a short prefill and decode through a small budget, recorded and drawn."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from hf_tiered_cache import tracing
+from hf_tiered_cache.cache import TieredCache
+from hf_tiered_cache.commands import options
+from hf_tiered_cache.commands.manners import command
+from hf_tiered_cache.evaluation.documents import STDLIB
+from hf_tiered_cache.evaluation.models import AUTO, choose_device, load_model, load_tokenizer
+from hf_tiered_cache.evaluation.scoring import fitting_shape
+from hf_tiered_cache.evaluation.timeline import (
+    DECODE,
+    MissingMatplotlibError,
+    save_timeline,
+    traced_forwards,
+)
+from hf_tiered_cache.progress import generation_progress
+
+SHOWN_FORWARDS = 2  # the last ones, enlarged in the picture
+
+
+@command
+def trace(
+    model: options.Model,
+    data: options.Data = STDLIB,
+    split: options.Split = None,
+    column: options.Column = None,
+    join: options.Join = None,
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(help="Decoded behind it.")] = 8,
+    off_device: Annotated[float, typer.Option(help="Share of the cache off the device.")] = 0.9,
+    chunk: options.Chunk = 512,
+    dtype: options.Dtype = AUTO,
+    device: options.Device = AUTO,
+    attention: options.Attention = None,
+    block_tokens: options.BlockTokens = None,
+    disk_dir: options.DiskDir = None,
+    disk_io: options.DiskIO = AUTO,
+    threads: options.Threads = None,
+    output: Annotated[
+        Path, typer.Option(help="Written: OUTPUT.json for ui.perfetto.dev, and OUTPUT.png.")
+    ] = Path("trace"),
+) -> None:
+    """Record loads, stores, attention and waits of a short run, and draw what hides what."""
+    (share,) = options.check_shares([off_device], 1.0)
+    options.check_at_least(2, context=context, new_tokens=new_tokens, chunk=chunk)
+    options.use_threads(threads)
+    where = choose_device(device)
+    tokenizer = load_tokenizer(model)
+    (document,) = options.find_documents(tokenizer, data, split, column, join, context)
+    loaded = load_model(model, dtype, where)
+    if attention:
+        loaded.set_attn_implementation(attention)
+    shape = fitting_shape(loaded, context, share, block_tokens, disk_dir)
+    budgets = shape.budgets(context + new_tokens, share)
+    if share:
+        budgets["disk_io"] = disk_io
+    ids = document.ids[None, :context].to(where)
+    json_file, picture = output.with_suffix(".json"), output.with_suffix(".png")
+    with (
+        TieredCache(config=loaded.config, disk_dir=disk_dir, **budgets) as cache,
+        tracing.trace(json_file) as recorded,
+        traced_forwards(loaded, recorded),
+        generation_progress(loaded, context, new_tokens),
+    ):
+        loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            prefill_chunk_size=chunk,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        stats = cache.stats()
+    typer.echo(f"{stats}\n{recorded}\nwritten: {json_file} (open it at ui.perfetto.dev)")
+    shown = [span for span in recorded.spans if span.name == DECODE][-SHOWN_FORWARDS:]
+    try:
+        save_timeline(recorded, picture, (shown[0].start, shown[-1].end))
+    except MissingMatplotlibError as error:
+        typer.echo(f"no picture: {error}")
+    else:
+        typer.echo(f"written: {picture}")

@@ -1,0 +1,156 @@
+"""`verify MODEL`: does the cache change what this model says? The bars of `evaluation.parity`."""
+
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hf_tiered_cache.commands import options
+from hf_tiered_cache.commands.manners import MISSED, check, command, print_json, table
+from hf_tiered_cache.evaluation import parity
+from hf_tiered_cache.evaluation.documents import STDLIB
+from hf_tiered_cache.evaluation.environment import environment
+from hf_tiered_cache.evaluation.models import (
+    AUTO,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    model_name,
+)
+from hf_tiered_cache.evaluation.scoring import (
+    ROUNDINGS_OF_A_FLIP,
+    Pass,
+    Plan,
+    Window,
+    fitting_shape,
+    make_windows,
+    num_tokens,
+    score_window,
+)
+from hf_tiered_cache.progress import progress_bar
+
+
+@command
+def verify(
+    model: options.Model,
+    data: options.Data = STDLIB,
+    split: options.Split = None,
+    column: options.Column = None,
+    join: options.Join = None,
+    context: Annotated[int, typer.Option(help="Tokens.")] = 2048,
+    off_device: options.Shares = None,
+    documents: Annotated[int, typer.Option(help="Texts to measure.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Of the greedy continuation.")] = 32,
+    decode_tokens: Annotated[int, typer.Option(help="Last tokens, one by one.")] = 32,
+    chunk: options.Chunk = 1024,
+    dtype: options.Dtype = AUTO,
+    device: options.Device = AUTO,
+    attention: options.Attention = None,
+    block_tokens: options.BlockTokens = None,
+    disk_dir: options.DiskDir = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check that a model's logits and tokens through the cache are those of DynamicCache.
+
+    Ends with 1 unless the continuations are identical, the loss per token is the same, every other
+    likeliest token is within rounding, and the logits' bits do not depend on the share off the
+    device.
+    """
+    shares = sorted({0.0, *options.check_shares(off_device, 1.0)})
+    check(
+        0 < decode_tokens < context,
+        f"--decode-tokens {decode_tokens}: expected 1 to {context - 1}, fewer than the --context",
+    )
+    options.check_at_least(2, chunk=chunk)
+    options.check_at_least(1, documents=documents, new_tokens=new_tokens)
+    options.use_threads(threads)
+    where = choose_device(device)
+    tokenizer = load_tokenizer(model)
+    found = options.find_documents(tokenizer, data, split, column, join, context, documents)
+    windows = [
+        window
+        for document in found
+        for window in make_windows(document, tokenizer, context, None, 1)
+    ]
+    loaded = load_model(model, dtype, where)
+    name = str(loaded.dtype).removeprefix("torch.")
+    check(name in parity.NLL_BARS, f"--dtype {name}: expected one of {', '.join(parity.NLL_BARS)}")
+    plan = Plan(chunk, decode_tokens, new_tokens)
+    passes = run(loaded, windows, plan, shares, attention, block_tokens, disk_dir)
+    rows = parity.rows(name, passes)
+    bars = [bar for row in rows for bar in parity.bars(row)]
+    is_good = all(bar.is_reached for bar in bars)
+    if as_json:
+        facts = {"model": model_name(model), "data": data, "device": str(where)}
+        bars_found = [vars(bar) for bar in bars]
+        print_json({**environment(), **facts, "parity": is_good, "rows": rows, "bars": bars_found})
+    else:
+        typer.echo(heading(model, windows, plan, name, where))
+        typer.echo(report(rows, name))
+        for bar in bars:
+            if not bar.is_reached:
+                typer.echo(f"MISSED {bar.what}: {bar.measured}, bar {bar.bar}")
+        typer.echo(
+            "parity: every bar reached" if is_good else "NO PARITY: please report it, with `env`"
+        )
+    if not is_good:
+        raise typer.Exit(MISSED)
+
+
+def run(
+    model: Any,
+    windows: list[Window],
+    plan: Plan,
+    shares: list[float],
+    attention: str | None,
+    block_tokens: int | None,
+    disk_dir: str | None,
+) -> list[Pass]:
+    """All passes of all windows, under one bar over their tokens."""
+    shape = fitting_shape(model, windows[0].context, max(shares), block_tokens, disk_dir)
+    total = (1 + len(shares)) * sum(num_tokens(window, plan) for window in windows)
+    with progress_bar(total, "verify") as bar:
+        return [
+            one
+            for window in windows
+            for one in score_window(
+                model, window, plan, shape, shares, attention, disk_dir, bar.update
+            )
+        ]
+
+
+def heading(model: str, windows: list[Window], plan: Plan, dtype: str, device: torch.device) -> str:
+    """What was measured, in two lines."""
+    facts = environment()
+    names = ", ".join(window.document for window in windows)
+    return (
+        f"{model_name(model)}, {dtype} on {device}, kernel {facts['kernel']}, torch "
+        f"{facts['torch']}, transformers {facts['transformers']}\n"
+        f"{names}: {windows[0].context:,} tokens, the last {plan.decode_tokens} one by one, then "
+        f"{plan.new_tokens} new ones; against DynamicCache\n"
+    )
+
+
+def report(rows: list[dict[str, Any]], dtype: str) -> str:
+    """A line per share, and below them what each column must keep."""
+    lines = [("off device", "new tokens", "|delta NLL|", "max |delta logit|", "flips", "bits")]
+    for row in rows:
+        if row["cache"] == "DynamicCache":
+            continue
+        is_same = row["continuations_identical"] == row["windows"]
+        largest = row["largest_flips"][:1]
+        lines.append(
+            (
+                f"{row['share_off_device']:.0%}",
+                "identical" if is_same else "DIFFERENT",
+                f"{abs(row['delta_nll']):.1e}",
+                f"{row['max_delta_logit']:.1e}",
+                f"{row['flips']}" + "".join(f" (margin {one['margin']:.2g})" for one in largest),
+                "those resident" if row["bits_of_resident"] else "OTHERS",
+            )
+        )
+    bar = parity.NLL_BARS[dtype]
+    rounding = f"within {ROUNDINGS_OF_A_FLIP} roundings"
+    lines.append(("bar", "identical", f"{bar:.0e}", "", rounding, "those resident"))
+    return table(lines)

@@ -1,0 +1,65 @@
+"""What differs between the devices that attention runs on; the only room that asks for their type.
+
+On the CPU there is nothing beside the device: its memory is the host's, and everything happens at
+once. A CUDA device has a copy lane, pinned host memory and, where the CUDA core was built, a CPU
+lane.
+"""
+
+import torch
+
+from hf_tiered_cache.config import free_memory_bytes
+from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.kernels.loader import compiled_core
+from hf_tiered_cache.tiers import numa
+from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane, cuda_core
+from hf_tiered_cache.tiers.lane import CopyLane
+from hf_tiered_cache.tiers.pinning import CudaPinning, Pinning
+
+SUPPORTED = ("cpu", "cuda")
+
+
+def check_supported(device: torch.device) -> None:
+    """Raise UnsupportedInputError unless blocks can be kept beside `device`."""
+    if device.type not in SUPPORTED:
+        raise UnsupportedInputError(
+            f"keys and values on {device}: expected one of {', '.join(SUPPORTED)}; move the model "
+            "there, or use transformers' DynamicCache on this device"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of the device's memory that this process may still take."""
+    if device.type == "cpu":
+        return free_memory_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached
+
+
+def copy_lane(device: torch.device) -> CopyLane | None:
+    """What carries blocks between the device and host memory; None where they are the same."""
+    return None if device.type == "cpu" else CudaLane(device)
+
+
+def pinning(device: torch.device) -> Pinning | None:
+    """What locks host memory for the device's copies; None where there are none."""
+    return None if device.type == "cpu" else CudaPinning()
+
+
+def cpus_near(device: torch.device) -> frozenset[int]:
+    """The processors whose memory the device reaches fastest; none where that is not known."""
+    if device.type == "cpu":
+        return frozenset()
+    properties = torch.cuda.get_device_properties(device)
+    parts = [getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]
+    return numa.cpus_near("{:04x}:{:02x}:{:02x}.0".format(*parts))
+
+
+def cpu_lane(device: torch.device) -> CpuLane | None:
+    """What attends host blocks beside the device; None where the device is the CPU, or where the
+    compiled cores that it needs were not built."""
+    core = None if device.type == "cpu" else cuda_core()
+    if core is None or compiled_core()[0] is None:
+        return None
+    return CpuLane(CudaFlags(device, core))

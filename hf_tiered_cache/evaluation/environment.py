@@ -1,0 +1,43 @@
+"""What a reader must know to judge a figure: versions, hardware, command."""
+
+import os
+import platform
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_tiered_cache.kernels import ops
+
+
+def environment() -> dict[str, Any]:
+    """Command, processor, threads, versions, kernel; ready for JSON."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_tiered_cache": package_version(),
+        "kernel": ops.backend(),
+    }
+
+
+def package_version() -> str:
+    """Of this package, installed or run from its sources."""
+    return import_module("hf_tiered_cache").__version__
+
+
+def processor() -> str:
+    """The processor's model name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

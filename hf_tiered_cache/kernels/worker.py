@@ -1,0 +1,114 @@
+"""Attention in a thread of the compiled core: begun by one flag, told by another.
+
+The thread needs neither the interpreter nor its caller, so it serves a device that raises and waits
+for flags in its own order; see `csrc/attention_worker.h`.
+"""
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tiered_cache.errors import (
+    ClosedCacheError,
+    KernelUnavailableError,
+    UnsupportedInputError,
+)
+from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels.loader import chosen_kernel, compiled_core
+from hf_tiered_cache.kernels.state import RunningState
+from hf_tiered_cache.kernels.view import BlockView
+from hf_tiered_cache.layout import BlockLayout
+
+PROBE_ROUNDS = 3
+PROBE_GROUP = 4  # query heads for each key-value head, as most models have them
+PROBE_HEAD_DIM, PROBE_TOKENS = 64, 16  # planes of 2 KiB in 16 bits: they fill any block
+
+
+class AttentionWorker:
+    """One thread that does jobs in order. Raises KernelUnavailableError without a compiled core."""
+
+    def __init__(self) -> None:
+        core, reason = compiled_core()
+        if core is None:
+            raise KernelUnavailableError(f"the compiled core is missing ({reason})")
+        self._core = core
+        self._worker = core.AttentionWorker()
+
+    def submit(
+        self,
+        query: Tensor,
+        views: Sequence[BlockView],
+        state: RunningState,
+        flags: tuple[int, int],
+        value: int,
+        *,
+        kv_tokens: int,
+        scale: float,
+        causal: bool,
+        softcap: float | None,
+        query_start: int | None = None,
+        **unused: Any,
+    ) -> Any:
+        """Queue one job: wait until the first flag (their addresses) is raised to `value`, begin
+        `state` anew, fold the views into it, raise the second.
+
+        Arguments as `ops.attend_blocks` takes them, without anything that masks. All memory must
+        stay as long as the job's `is_done` is False. Raises UnsupportedInputError for a slot
+        outside its slab, ClosedCacheError after close, both before anything is written.
+        """
+        try:
+            job = self._core.AttentionJob(
+                kernel=chosen_kernel().number,
+                dtype=ops.DTYPE_NUMBERS[views[0].layout.dtype],
+                query=query.data_ptr(),
+                query_shape=query.shape,
+                query_stride=query.stride(),
+                views=[view.core_arguments for view in views],
+                kv_tokens=kv_tokens,
+                query_start=kv_tokens - query.shape[2] if query_start is None else query_start,
+                causal=causal,
+                scale=scale,
+                softcap=softcap or 0.0,
+                state=(state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr()),
+                num_threads=torch.get_num_threads(),
+                ready=flags[0],
+                done=flags[1],
+                value=value,
+            )
+        except ValueError as error:
+            raise UnsupportedInputError(f"attention on the CPU: {error}") from None
+        try:
+            self._worker.submit(job)
+        except RuntimeError as error:
+            raise ClosedCacheError(f"{error}; make a new cache") from None
+        return job
+
+    def wait(self, job: Any, timeout_seconds: float) -> None:
+        """Return when the job is done, or after the time."""
+        self._worker.wait(job, timeout_seconds)
+
+    def close(self) -> None:
+        """End the job under way, cancel the others, join the thread. Idempotent."""
+        self._worker.close()
+
+
+def attention_rate(blocks: Tensor) -> float:
+    """Bytes per second at which the chosen kernel attends uint8 `[slots, num_bytes]`, which are
+    zeroed for it; 4 query heads on each key-value head, in bfloat16."""
+    blocks.zero_()
+    slots, num_bytes = blocks.shape
+    plane = PROBE_HEAD_DIM * PROBE_TOKENS * torch.bfloat16.itemsize
+    heads = max(1, num_bytes // (2 * plane))
+    layout = BlockLayout(heads, PROBE_HEAD_DIM, PROBE_HEAD_DIM, PROBE_TOKENS, torch.bfloat16)
+    view = BlockView(blocks, torch.arange(slots, dtype=torch.int32).view(1, -1), layout)
+    query = torch.zeros(1, PROBE_GROUP * heads, 1, PROBE_HEAD_DIM, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(PROBE_ROUNDS):
+        state = RunningState.begin(query, PROBE_HEAD_DIM)
+        start = perf_counter()
+        ops.attend_blocks(state, query, view, kv_tokens=slots * PROBE_TOKENS, scale=1.0)
+        seconds.append(perf_counter() - start)
+    return slots * layout.data_bytes / min(seconds)

@@ -1,0 +1,193 @@
+"""The copy lane of a CUDA device: two streams beside whichever stream the model runs on.
+
+Loads and stores each have a stream of their own, so both directions of the link work at once.
+Events order them against the caller's current stream, which is asked for at every call: a user may
+run under a stream of his own. Only memory of the cache's own tiers is touched here, for as long as
+the cache lives, so torch's allocator need not know (no `record_stream`).
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from hf_tiered_cache.metrics import LaneCounters
+from hf_tiered_cache.tiers.base import Transfer
+from hf_tiered_cache.tiers.cuda_clock import CudaClock
+
+PROBE_ROUNDS = 4
+
+
+def cuda_core() -> ModuleType | None:
+    """The compiled CUDA module, if it was built: its copies take fewer calls than torch's."""
+    try:
+        return import_module("hf_tiered_cache._cuda")
+    except ImportError:
+        return None
+
+
+class CudaMark:
+    """A moment of the stream that was current; see `Mark`."""
+
+    def __init__(self, event: torch.cuda.Event, loads: torch.cuda.Stream) -> None:
+        self._event = event
+        self._loads = loads
+
+    def hold_loads(self) -> None:
+        """Let the loads that the lane is given from now on come after this moment."""
+        self._loads.wait_event(self._event)
+
+
+class CudaTransfer(Transfer):
+    """A copy that ends with an event."""
+
+    __slots__ = ("_end", "_lane")
+
+    def __init__(self, lane: "CudaLane", end: torch.cuda.Event) -> None:
+        super().__init__()
+        self._lane = lane
+        self._end = end
+
+    def is_ready(self) -> bool:
+        """Whether the copy is done."""
+        if not self._is_ready and self._end.query():
+            self.end_part()
+        return self._is_ready
+
+    def wait(self) -> None:
+        """Return when the copy is done."""
+        if not self._is_ready:
+            self._end.synchronize()
+            self.end_part()
+        super().wait()
+
+    def hold_device(self) -> None:
+        """Let what the current stream is given from now on come after the copy."""
+        if not self.is_ready():
+            self._lane.hold(self._end)
+
+
+class CudaLane:
+    """Copies between a CUDA device and pinned memory; see `CopyLane`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loads = torch.cuda.Stream(device)
+        self._stores = torch.cuda.Stream(device)
+        self._core = cuda_core()
+        self._counters = LaneCounters()
+        self._busy, self._waits = CudaClock(), CudaClock()
+
+    def carries(self, block: torch.Tensor) -> bool:
+        """Whether `block` is memory of the device."""
+        return block.is_cuda
+
+    def mark(self) -> CudaMark:
+        """The moment at which all that the current stream was given so far is done."""
+        return CudaMark(self._current().record_event(), self._loads)
+
+    def load(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
+        """Copy pinned memory to the device."""
+        transfer = self._copy(self._loads, sources, targets, is_load=True)
+        self._counters.moved_bytes += sum(block.numel() for block in targets)
+        return transfer
+
+    def store(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
+        """Copy memory of the device to pinned memory, after what the current stream was given."""
+        self._stores.wait_event(self._current().record_event())
+        return self._copy(self._stores, sources, targets, is_load=False)
+
+    def hold(self, event: torch.cuda.Event) -> None:
+        """Let the current stream wait for an event, and count how long it stood still."""
+        current = self._current()
+        begin = self._waits.begin(current)
+        current.wait_event(event)
+        self._waits.end(begin, current)
+
+    def settle(self) -> None:
+        """Wait until no copy is under way."""
+        self._loads.synchronize()
+        self._stores.synchronize()
+
+    def measure(self) -> LaneCounters:
+        """The totals so far, as far as the device is through with them."""
+        self._counters.busy_seconds = self._busy.seconds()
+        self._counters.wait_seconds = self._waits.seconds()
+        return self._counters
+
+    def probe(self, pinned: Sequence[torch.Tensor], target: torch.Tensor) -> float:
+        """Bytes per second that the link takes to the device, from a few short copies."""
+        rates = []
+        for _ in range(PROBE_ROUNDS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(self._loads)
+            with torch.cuda.stream(self._loads):
+                for block in pinned:
+                    target.copy_(block, non_blocking=True)
+            end.record(self._loads)
+            end.synchronize()
+            rates.append(sum(block.numel() for block in pinned) / begin.elapsed_time(end) * 1000)
+        self._counters.probed_rate = max(rates)
+        return self._counters.probed_rate
+
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        is_load: bool,
+    ) -> Transfer:
+        begin = self._busy.begin(stream) if is_load else None
+        if self._core is not None:
+            self._core.copy(
+                self._device.index,
+                stream.cuda_stream,
+                [block.data_ptr() for block in targets],
+                [block.data_ptr() for block in sources],
+                targets[0].numel(),
+                is_load,
+            )
+        else:
+            with torch.cuda.stream(stream):
+                for source, target in zip(sources, targets, strict=True):
+                    target.copy_(source, non_blocking=True)
+        if begin is None:
+            return CudaTransfer(self, stream.record_event())
+        return CudaTransfer(self, self._busy.end(begin, stream))
+
+    def _current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+
+class CudaFlags:
+    """Flags in pinned memory that a CUDA device raises and waits for; see `DeviceFlags`."""
+
+    def __init__(self, device: torch.device, core: ModuleType) -> None:
+        self._device = device
+        self._core = core
+        self._waits = CudaClock()
+
+    def mailbox(self, num_bytes: int) -> torch.Tensor:
+        """uint8 `[num_bytes]`, zeros, that the device and the CPU both read and write."""
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=num_bytes > 0)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy between a mailbox and the device, behind all that the current stream was given."""
+        target.copy_(source, non_blocking=True)
+
+    def raise_flag(self, address: int, value: int) -> None:
+        """Let the device write `value` behind all that the current stream was given."""
+        stream = torch.cuda.current_stream(self._device)
+        self._core.write_flag(self._device.index, stream.cuda_stream, address, value)
+
+    def wait_for_flag(self, address: int, value: int) -> None:
+        """Let the current stream wait until the flag is at least `value` (modulo 2^32)."""
+        stream = torch.cuda.current_stream(self._device)
+        begin = self._waits.begin(stream)
+        self._core.wait_flag(self._device.index, stream.cuda_stream, address, value)
+        self._waits.end(begin, stream)
+
+    def wait_seconds(self) -> float:
+        """How long the device stood still for flags, as far as it is through with them."""
+        return self._waits.seconds()

@@ -1,0 +1,53 @@
+"""The copy lane: how blocks go between a device and the memory below it, beside the device's work.
+
+A device that is not the CPU does what it is given in the order it is given, some time later. Copies
+go on queues of their own, so what they may overtake has to be said:
+
+- a load may begin once every moment that was told to `hold_loads` has passed (the slots it fills
+  are no longer read), and the device waits for it where `Transfer.hold_device` was called;
+- a store begins when all that the device was given before it is done (the bytes are there);
+- loads keep their order, and so do stores.
+
+Where the device is the CPU there is no lane: everything happens at once.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from hf_tiered_cache.metrics import LaneCounters
+from hf_tiered_cache.tiers.base import Transfer
+
+
+class Mark(Protocol):
+    """A moment in the device's order: all that it was given until then is done."""
+
+    def hold_loads(self) -> None:
+        """Let the loads that the lane is given from now on come after this moment."""
+
+
+class CopyLane(Protocol):
+    """Copies blocks, uint8 `[block_bytes]` each, to and from a device."""
+
+    def carries(self, block: torch.Tensor) -> bool:
+        """Whether `block` is memory of the device."""
+
+    def mark(self) -> Mark:
+        """The moment at which all that the device was given so far is done."""
+
+    def load(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
+        """Copy pinned memory to the device."""
+
+    def store(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Transfer:
+        """Copy memory of the device to pinned memory."""
+
+    def settle(self) -> None:
+        """Wait until no copy is under way: the memory may go."""
+
+    def probe(self, pinned: Sequence[torch.Tensor], target: torch.Tensor) -> float:
+        """Bytes per second that blocks take to the device, from a few short copies into `target`,
+        which nobody uses."""
+
+    def measure(self) -> LaneCounters:
+        """The totals so far."""

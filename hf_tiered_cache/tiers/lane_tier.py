@@ -1,0 +1,213 @@
+"""A lower tier as a device with a copy lane sees it.
+
+Blocks in pinned memory go over the lane as they lie. Others, pageable ones and disk records, pass
+through a ring of pinned bounce slots: two transfers, one behind the other.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hf_tiered_cache.errors import ConfigError
+from hf_tiered_cache.sizes import format_bytes
+from hf_tiered_cache.tiers.base import Tier, Transfer, check_blocks
+from hf_tiered_cache.tiers.host import HostTier
+from hf_tiered_cache.tiers.lane import CopyLane
+from hf_tiered_cache.tiers.relay import Joint, Relay
+
+
+class BounceRing:
+    """Slots of `memory` that blocks pass through, given back when their transfer has ended."""
+
+    def __init__(self, memory: HostTier, num_slots: int) -> None:
+        """Takes the slots at once. Raises ConfigError, naming the knob, when they do not fit."""
+        self._memory = memory
+        self._free: list[int] = []
+        self._relays: deque[Relay] = deque()  # that may still hold slots, in order of their start
+        self.num_slots = num_slots
+        for _ in range(num_slots):
+            slot = memory.allocate()
+            if slot is None:
+                size = num_slots * memory.block_bytes
+                raise ConfigError(
+                    f"host_bytes={memory.budget.limit_bytes}: at least {size} "
+                    f"({format_bytes(size)}) of pinned memory are needed for what passes between "
+                    "the device and the disk: raise host_bytes, or lower staging_bytes"
+                )
+            self._free.append(slot)
+
+    def pass_through(
+        self,
+        num_blocks: int,
+        first: Callable[[list[torch.Tensor]], Transfer],
+        second: Callable[[list[torch.Tensor]], Transfer],
+    ) -> Transfer:
+        """Fill bounce slots by `first`, then empty them by `second`; at most `num_slots` blocks."""
+        slots = self._take(num_blocks)
+        bounced = [self._memory.block(slot) for slot in slots]
+        try:
+            began = first(bounced)
+        except BaseException:
+            self._free += slots
+            raise
+        relay = Relay(began, lambda: second(bounced), lambda: self._free.extend(slots))
+        self._relays.append(relay)
+        return relay
+
+    @property
+    def slab(self) -> torch.Tensor:
+        """uint8 `[num_slots, block_bytes]`, all slots; nobody may be using them."""
+        return self._memory.slab[: self.num_slots]
+
+    def close(self) -> None:
+        """Give the memory back. Nothing may be passing through. Idempotent."""
+        self._memory.close()
+
+    def advance(self) -> None:
+        """Begin the second transfers that can begin, take back the slots of those that ended."""
+        self._relays = deque(relay for relay in self._relays if not relay.is_ready())
+
+    def _take(self, num_slots: int) -> list[int]:
+        assert num_slots <= self.num_slots, "more blocks than the ring has slots"
+        if len(self._free) < num_slots:
+            self.advance()
+        while len(self._free) < num_slots:
+            self._relays.popleft().outlast()
+        taken, self._free = self._free[:num_slots], self._free[num_slots:]
+        return taken
+
+
+class LaneTier(Tier):
+    """`tier`, whose blocks come from and go to a device over a lane; see the module."""
+
+    def __init__(self, tier: Tier, lane: CopyLane, ring: BounceRing) -> None:
+        self.tier = tier
+        self.name = tier.name
+        self.block_bytes = tier.block_bytes
+        self.budget = tier.budget
+        self._lane = lane
+        self._ring = ring
+        # By slot, the last transfer; it may have ended.
+        self._readers: dict[int, Transfer] = {}
+        self._writers: dict[int, Transfer] = {}
+
+    def allocate(self) -> int | None:
+        """A slot; see `Tier.allocate`."""
+        return self.tier.allocate()
+
+    def free(self, slot: int) -> None:
+        """Give a slot back, once its transfers have ended: who gets it next may overwrite it."""
+        for transfers in (self._readers, self._writers):
+            if slot in transfers:
+                transfers.pop(slot).outlast()
+        self.tier.free(slot)
+
+    def keep(self, slots: Sequence[int], reader: Transfer) -> None:
+        """Let nobody overwrite the slots before `reader`, which reads them, has ended."""
+        for slot in slots:
+            self._readers[slot] = reader
+
+    def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
+        """Load blocks into memory of the device, or of the CPU; see `Tier.read`."""
+        if not out or not self._lane.carries(out[0]):
+            return self.tier.read(slots, out)
+        check_blocks(slots, out, self.block_bytes)
+        for slot in slots:
+            if slot in self._writers:
+                self._writers.pop(slot).outlast()
+        pinned = self._pinned(slots)
+        if pinned is not None:
+            transfer = self._lane.load(pinned, out)
+            self.keep(slots, transfer)
+            return transfer
+
+        def load(part: slice) -> Transfer:
+            return self._ring.pass_through(
+                len(slots[part]),
+                lambda bounced: self.tier.read(slots[part], bounced),
+                lambda bounced: self._lane.load(bounced, out[part]),
+            )
+
+        return self._in_parts(len(slots), load)
+
+    def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
+        """Store blocks that lie on the device, or in memory of the CPU; see `Tier.write`."""
+        if not data or not self._lane.carries(data[0]):
+            return self.tier.write(slots, data)
+        check_blocks(slots, data, self.block_bytes)
+        self.check_allocated(slots)
+
+        def store(part: slice) -> Transfer:
+            return self._ring.pass_through(
+                len(slots[part]),
+                lambda bounced: self._lane.store(data[part], bounced),
+                lambda bounced: self.tier.write(slots[part], bounced),
+            )
+
+        pinned = self._pinned(slots)
+        if pinned is not None:
+            transfer = self._lane.store(data, pinned)
+        else:
+            transfer = self._in_parts(len(slots), store)
+        for slot in slots:
+            self._writers[slot] = transfer
+        return transfer
+
+    def check_allocated(self, slots: Sequence[int]) -> None:
+        """Raise BlockStateError unless every slot is allocated."""
+        self.tier.check_allocated(slots)
+
+    @property
+    def used_slots(self) -> int:
+        """Slots handed out and not freed."""
+        return self.tier.used_slots
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes held of the budget."""
+        return self.tier.committed_bytes
+
+    def num_free(self) -> int:
+        """Slots that could still be allocated."""
+        return self.tier.num_free()
+
+    def close(self) -> None:
+        """Close the tier below and the ring, once no copy touches their memory. Idempotent."""
+        self._lane.settle()
+        self.tier.close()
+        self._ring.close()
+
+    def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:
+        """The blocks of the slots, if the lane can copy them as they lie."""
+        return None
+
+    def _in_parts(self, num_blocks: int, start: Callable[[slice], Transfer]) -> Transfer:
+        """As many transfers as it takes for each to fit into the ring."""
+        step = self._ring.num_slots
+        parts = [start(slice(i, i + step)) for i in range(0, num_blocks, step)]
+        return parts[0] if len(parts) == 1 else Joint(parts)
+
+
+class HostLaneTier(LaneTier):
+    """The host tier as a device with a copy lane sees it: its pinned blocks need no ring."""
+
+    tier: HostTier
+
+    @property
+    def slab(self) -> torch.Tensor:
+        """uint8 `[max_slots, block_bytes]`, a block a row; see `MemoryTier.slab`."""
+        return self.tier.slab
+
+    def block(self, slot: int) -> torch.Tensor:
+        """A view of the block in `slot`: uint8 `[block_bytes]`."""
+        return self.tier.block(slot)
+
+    def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:
+        return self.tier.blocks(slots) if all(map(self.tier.is_pinned, slots)) else None
+
+
+def behind_lane(tier: Tier, lane: CopyLane, ring: BounceRing) -> LaneTier:
+    """`tier` as a device with a copy lane sees it."""
+    kind = HostLaneTier if isinstance(tier, HostTier) else LaneTier
+    return kind(tier, lane, ring)

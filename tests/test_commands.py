@@ -1,0 +1,234 @@
+"""The command line as a user meets it: what it prints, how it ends, and that it can say no."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, MambaConfig
+from typer.testing import CliRunner, Result
+
+from hf_tiered_cache.commands.app import app
+
+from losing import without_cold_blocks
+
+ROOT = Path(__file__).parent.parent
+TINY_LM = str(ROOT / "eval" / "tiny_lm")
+SHORT = ("--context", "256", "--decode-tokens", "8", "--new-tokens", "4", "--chunk", "100")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """Nothing here may reach a hub, nor the user's own folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TIERED_CACHE_DIR", str(tmp_path / "blocks"))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_env_names_versions_kernels_tiers_and_rates(tmp_path):
+    done = run("env")
+    assert done.exit_code == 0, done.output
+    for expected in ("transformers", "compiled core", "reference", "O_DIRECT", "GB/s"):
+        assert expected in done.output
+    assert str(tmp_path / "blocks") in done.output
+    assert list((tmp_path / "blocks").iterdir()) == [], "what was measured left no file"
+
+
+def test_env_as_json_without_measuring(monkeypatch):
+    monkeypatch.setenv("HF_TIERED_CACHE_KERNEL", "abacus")
+    found = json.loads(run("env", "--no-measure", "--json").stdout)
+    assert set(found) == {"versions", "machine", "kernels", "tiers", "environment"}
+    assert "GB/s" not in str(found)
+    assert "reference" in found["kernels"]["available"]
+    assert found["environment"]["HF_TIERED_CACHE_KERNEL"] == "abacus"
+
+
+def test_env_says_why_a_folder_is_unusable(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("env", "--no-measure", "--disk-dir", str(tmp_path / "file"))
+    assert done.exit_code == 0
+    assert "disk_dir" in done.output and "cannot be made" in done.output
+
+
+def test_verify_reaches_every_bar(tmp_path):
+    done = run("verify", TINY_LM, *SHORT, "--off-device", "0.8", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    assert "parity: every bar reached" in done.stdout
+    assert "idlelib" in done.stdout or ".py" in done.stdout
+    assert len(done.stdout.splitlines()) < 20, "one screen"
+    assert list((tmp_path / "blocks").iterdir()) == []
+
+
+def test_verify_as_json_on_a_text_of_ones_own(tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("It was a dark and stormy night; the cache fell in torrents. " * 20)
+    done = run("verify", TINY_LM, *SHORT, "--data", str(text), "--json", "--dtype", "bfloat16")
+    found = json.loads(done.stdout)
+    assert [row["share_asked"] for row in found["rows"]] == [None, 0.0, 0.5, 0.9]
+    assert found["rows"][0]["dtype"] == "bfloat16"
+    assert found["model"] == "tiny_lm"
+    assert found["parity"] is all(bar["is_reached"] for bar in found["bars"])
+    assert done.exit_code == (0 if found["parity"] else 1)
+
+
+def test_verify_fails_for_a_cache_that_loses_blocks():
+    with without_cold_blocks():
+        done = run("verify", TINY_LM, *SHORT, "--off-device", "0.8")
+    assert done.exit_code == 1
+    assert "NO PARITY" in done.stdout
+    assert "MISSED float32, context 256" in done.stdout
+    assert "OTHERS" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere/at/all",), "nowhere/at/all cannot be loaded"),
+        ((TINY_LM, "--data", "nowhere"), "--data nowhere: no such file or folder; expected"),
+        ((TINY_LM, "--context", "100000000"), "give a smaller context"),
+        ((TINY_LM, "--context", "16"), "--decode-tokens 32: expected 1 to 15"),
+        ((TINY_LM, "--off-device", "1.5"), "--off-device 1.5: expected a share from 0 to 1"),
+        ((TINY_LM, "--dtype", "int8"), "--dtype int8: expected auto, float32"),
+        ((TINY_LM, "--device", "abacus"), "--device abacus"),
+        ((TINY_LM, *SHORT, "--block-tokens", "7"), "block_tokens=7: expected a power of two"),
+        ((TINY_LM, "--threads", "0"), "--threads 0: expected 1 or more"),
+        (("bench", TINY_LM, "--off-device", "1"), "--off-device 1.0: expected a share from 0 to 0"),
+        (("bench", TINY_LM, "--rounds", "0"), "--rounds 0: expected 1 or more"),
+        (("bench", TINY_LM, *SHORT[:2], "--disk-io", "fast"), "disk_io='fast': expected one of"),
+        (("trace", TINY_LM, "--new-tokens", "1"), "--new-tokens 1: expected 2 or more"),
+    ],
+)
+def test_a_mistake_is_one_line_and_ends_with_2(arguments, message):
+    name = arguments[0] if arguments[0] in ("bench", "trace") else "verify"
+    done = run(name, *[one for one in arguments if one != name])
+    assert done.exit_code == 2
+    (line,) = done.stderr.strip().splitlines()[-1:]
+    assert line.startswith("error: ") and message in line
+    assert "Traceback" not in done.stderr
+
+
+def test_it_starts_without_the_packages_of_the_evaluations():
+    """As from a wheel without extras: no eval/, no datasets, evaluate or matplotlib."""
+    refuse = (
+        "import sys; sys.modules.update(dict.fromkeys(['datasets', 'evaluate', 'matplotlib']))\n"
+        f"sys.argv = ['hf-tiered-cache', 'verify', {TINY_LM!r}, *{SHORT!r}]\n"
+        "from hf_tiered_cache.commands.app import main; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", refuse]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "parity: every bar reached" in done.stdout
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-tiered-cache", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("hf_tiered_cache", run_name="__main__")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("env", "verify", "bench", "trace"):
+        assert f"  {name}" in printed
+
+
+def save_tiny(folder: Path, config) -> str:
+    """A random model of that config with the byte-level tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_LM).save_pretrained(folder)
+    return str(folder)
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 384, "pad_token_id": 0}
+
+
+def test_a_model_without_full_attention_is_refused_in_one_line(tmp_path):
+    mamba = save_tiny(tmp_path / "mamba", MambaConfig(**SIZES, state_size=4))
+    done = run("verify", mamba, *SHORT)
+    assert done.exit_code == 2, done.output
+    assert "keeps no layer in blocks" in done.stderr.splitlines()[-1]
+
+
+def test_a_model_with_sliding_windows_is_verified_but_not_raced(tmp_path):
+    config = Gemma3TextConfig(
+        **SIZES,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    gemma = save_tiny(tmp_path / "gemma", config)
+    done = run("verify", gemma, *SHORT, "--off-device", "0.8")
+    assert done.exit_code == 0, done.output
+    done = run("bench", gemma, "--context", "200", "--rounds", "1")
+    assert done.exit_code == 2, done.output
+    assert "layers other than full attention" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(TINY_LM, folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    done = run("verify", str(folder), *SHORT)
+    assert done.exit_code == 2, done.output
+    assert "damaged cannot be loaded" in done.stderr.splitlines()[-1]
+
+
+def test_bench_prints_every_side_and_all_tokens_are_identical(tmp_path):
+    quick = ("--context", "700", "--rounds", "1", "--new-tokens", "3", "--chunk", "256")
+    done = run("bench", TINY_LM, *quick, "--off-device", "0", "--off-device", "0.5", "--reload")
+    assert done.exit_code == 0, done.output
+    assert "DIFFER" not in done.stdout
+    sides = done.stdout.splitlines()[2:]
+    assert ["TieredCache" in side for side in sides] == [False, True, True, False]
+    assert list((tmp_path / "blocks").iterdir()) == []
+    with without_cold_blocks():
+        broken = run("bench", TINY_LM, *quick, "--off-device", "0.5", "--json")
+    assert broken.exit_code == 1
+    rows = json.loads(broken.stdout)["rows"]
+    assert [row["is_identical"] for row in rows] == [True, False]
+    assert "TOKENS DIFFER" in broken.stderr
+
+
+SHORT_TRACE = ("--context", "600", "--new-tokens", "4", "--chunk", "256", "--block-tokens", "32")
+
+
+def test_trace_writes_a_file_for_perfetto_and_a_picture(tmp_path):
+    done = run("trace", TINY_LM, *SHORT_TRACE, "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    assert "loads hidden behind compute" in done.stdout
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events]
+    assert names.count("prefill") == 3 and names.count("decode") == 3
+    loaded = sum(event["args"].get("blocks", 0) for event in events if "load l" in event["name"])
+    assert f"loads {loaded:,} (" in done.stdout, "as the cache counted them"
+    picture = (tmp_path / "run.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 200_000
+
+
+def test_trace_without_matplotlib_and_where_nothing_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run("trace", TINY_LM, *SHORT_TRACE, "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    assert "no picture: drawing needs matplotlib: pip install" in done.stdout
+    assert not (tmp_path / "run.png").exists()
+    done = run("trace", TINY_LM, *SHORT_TRACE, "--output", str(tmp_path / "no" / "run"))
+    assert done.exit_code == 2
+    assert "cannot be written: No such file or directory" in done.stderr
+
+
+def test_a_data_set_without_the_package_for_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    done = run("verify", TINY_LM, "--data", "pg19")
+    assert done.exit_code == 2
+    assert "pip install 'hf_tiered_cache[eval]'" in done.stderr

@@ -1,0 +1,174 @@
+"""The whole cache over a device that lags behind its CPU, in virtual time: what is loaded, stored,
+attended and given back in an order that only the rules of the lanes hold together."""
+
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_model
+from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
+from transformers import DynamicCache
+
+from hf_tiered_cache import devices, offload_manager
+from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.errors import ConfigError, TierIOError
+from hf_tiered_cache.tiers import DiskTier, Transfer
+from hf_tiered_cache.tiers.base import io_error
+
+BLOCK = 4096
+RING = 2 * BLOCK
+LEAST = SMALLEST[1]
+
+
+class Late:
+    """Puts a late device in the place of the CPU: `with Late(seed=3) as late: ...`."""
+
+    def __init__(self, seed: int = 0, pinned_ranges: int = 10**6, has_cpu_lane: bool = False):
+        self.device = LateDevice(seed)
+        self.lane = LateLane(self.device)
+        self.pinning = RefusingPinning(pinned_ranges)
+        self.flags = LateFlags(self.device)
+        self.cpu_lane = CpuLane(self.flags) if has_cpu_lane else None
+
+    def __enter__(self) -> "Late":
+        self._stack = ExitStack()
+        for name, made in (
+            ("copy_lane", self.lane),
+            ("pinning", self.pinning),
+            ("cpu_lane", self.cpu_lane),
+        ):
+            given = partial(lambda made, _device: made, made)
+            self._stack.enter_context(patch.object(devices, name, given))
+        self._stack.enter_context(self.device.computing())
+        self._stack.enter_context(self.lane.serving())
+        if self.cpu_lane is not None:
+            self._stack.callback(self.cpu_lane.close)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+
+
+SIZES = {
+    "host": {"host_bytes": 1000 * BLOCK, "disk_bytes": 0},
+    "disk": {"host_bytes": RING, "disk_bytes": 1000 * BLOCK},
+    "host and disk": {"host_bytes": RING + 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+}
+
+
+def generate(make_cache, model, device_blocks=LEAST, **knobs):
+    """(tokens, logits, cache) through whatever device there is."""
+    cache = make_cache(model.config, device_blocks, staging_bytes=RING, **knobs)
+    tokens, logits = run(model, cache)
+    check_integrity(cache)
+    return tokens, logits, cache
+
+
+@pytest.mark.parametrize("pinned", ["all", "none", "one slab"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_a_device_that_lags_behind_computes_the_same_bits(make_cache, family, sizes, pinned):
+    model = tiny_model(family)
+    expected, _ = run(model, DynamicCache())
+    _, bits = run(model, make_cache(model.config, 64))
+    ranges = {"all": 10**6, "none": 0, "one slab": 1}[pinned]
+    for seed in range(2):
+        with Late(seed, ranges) as late:
+            tokens, logits, cache = generate(make_cache, model, **SIZES[sizes], cpu_share=0)
+            assert torch.equal(tokens, expected)
+            assert torch.equal(logits, bits)
+            assert cache.stats().counters.cold_reads > 0
+            assert late.lane.num_loads > 0
+            assert late.lane.num_stores > 0
+            assert late.device.num_overtakings > 0
+            cache.close()
+            assert not late.pinning.pinned
+
+
+def test_beams_share_and_copy_blocks_on_a_device_that_lags_behind(make_cache):
+    model = tiny_model("Llama")
+    how = {"num_beams": 3, "num_return_sequences": 2}
+    expected, _ = run(model, DynamicCache(), **how)
+    with Late():
+        cache = make_cache(model.config, 3 * LEAST, **SIZES["host and disk"], staging_bytes=RING)
+        tokens, _ = run(model, cache, **how)
+        assert torch.equal(tokens, expected)
+        check_integrity(cache)
+        cache.close()
+
+
+@pytest.mark.parametrize("cpu_share", [0.4, 1.0, "auto"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_cpu_attends_its_share_beside_the_device(make_cache, sizes, cpu_share):
+    model = tiny_model("Llama")
+    expected, reference = run(model, DynamicCache())
+    with Late(has_cpu_lane=True) as late:
+        knobs = {**SIZES[sizes], "cpu_share": cpu_share}
+        tokens, logits, cache = generate(make_cache, model, **knobs)
+        assert torch.equal(tokens, expected)
+        assert (logits - reference).abs().max() < 2e-4
+        stats = cache.stats()
+        copy, cpu = stats.lanes
+        assert (copy.name, cpu.name) == ("copy lane", "CPU lane")
+        assert copy.share + cpu.share == 1
+        if sizes == "host":
+            assert cpu.moved_bytes > 0
+            assert cpu.busy_seconds > 0
+            assert stats.counters.in_place_reads > 0
+            if cpu_share == 1.0:  # the prompt alone went over the link
+                assert copy.moved_bytes < cpu.moved_bytes
+        assert "copy lane" in str(stats)
+        assert f"{cpu}" in str(cache)
+        cache.close()
+        assert late.lane.num_loads > 0
+
+
+def test_the_shares_follow_the_waits(make_cache, monkeypatch):
+    """A device that waits for the CPU gives it less, and what was staged is given up."""
+    model = tiny_model("Llama")
+    expected, _ = run(model, DynamicCache())
+    monkeypatch.setattr(offload_manager, "JOINS_PER_CORRECTION", 2)
+    with Late(has_cpu_lane=True) as late:
+        waits = count()
+        monkeypatch.setattr(late.flags, "wait_seconds", lambda: next(waits))
+        tokens, _, cache = generate(make_cache, model, **SIZES["host"])
+        assert torch.equal(tokens, expected)
+        (manager,) = cache._owned.pool.managers
+        assert not manager.split.is_fixed
+        assert manager.split.cpu_share < 0.1
+        cache.close()
+
+
+def test_a_ring_that_does_not_fit_is_refused_by_the_name_of_the_knob(make_cache):
+    model = tiny_model("Llama")
+    with Late(), pytest.raises(ConfigError, match=r"host_bytes=4096: .* raise host_bytes"):
+        generate(make_cache, model, host_bytes=BLOCK)
+
+
+def test_a_failed_read_on_the_way_to_the_device_is_told_and_leaves_the_cache_usable(
+    make_cache, monkeypatch
+):
+    model = tiny_model("Llama")
+    expected, _ = run(model, DynamicCache())
+    with Late():
+        cache = make_cache(model.config, LEAST, **SIZES["disk"], staging_bytes=RING)
+        model(prompt()[:, :-1], past_key_values=cache)
+        broken = failing_transfer()
+        with monkeypatch.context() as patched:
+            patched.setattr(DiskTier, "read", lambda *_: broken)
+            with pytest.raises(TierIOError, match="the disk is gone"):
+                model(prompt()[:, -1:], past_key_values=cache)
+        cache.reset()
+        tokens, _ = run(model, cache)
+        assert torch.equal(tokens, expected)
+        check_integrity(cache)
+        cache.close()
+
+
+def failing_transfer() -> Transfer:
+    transfer = Transfer()
+    transfer.end_part(io_error(5, "the disk is gone"))
+    return transfer

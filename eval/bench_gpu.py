@@ -50,6 +50,7 @@ TIME_LIMIT_SECONDS = 570  # of ten minutes, for a build took some of them
 # Versions without a CPU lane have no such knob.
 COPY_LANE = {"cpu_share": 0.0} if "cpu_share" in {f.name for f in fields(TieredCacheConfig)} else {}
 SMALL_GPU_BYTES = 24_000_000_000
+TESTS_SECONDS = 150
 HOST_SPARE_BYTES = 256 << 20  # of a cache's host budget, for what copies pass through
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
@@ -139,7 +140,7 @@ class Machine:
     @property
     def name(self) -> str:
         if not self.is_cuda:
-            return benchmarking.processor()
+            return benchmarking.environment()["processor"]
         properties = torch.cuda.get_device_properties(self.device)
         major, minor = torch.cuda.get_device_capability(self.device)
         return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, sm_{major}{minor}"
@@ -346,23 +347,33 @@ def share_off(cache: TieredCache) -> float:
 
 def tests(bench: Bench) -> Iterator[Row]:
     """tests/gpu, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--tb=short", "-p", "no:cacheprovider"]
     if not bench.machine.is_cuda:
         command += ["-k", "whole_table"]  # the rest is run by the suite itself
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
-    is_good = done.returncode == 0
-    passed = re.search(r"(\d+) passed", summary)
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            timeout=TESTS_SECONDS - 5,
+            check=False,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as expired:
+        status, output = -1, (expired.stdout or b"") + b"\nnot finished in time"
+    lines = output.decode(errors="replace").splitlines()
+    print("\n".join(lines[-60:]), flush=True)
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    passed = re.search(r"(\d+) passed", lines[-1])
     yield Row(
         "tests/gpu",
-        f"{passed[1]} passed" if passed else f"status {done.returncode}",
+        f"{passed[1]} passed" if passed else f"status {status}",
         "all",
         "all",
-        "reached" if is_good else "FAILED",
-        summary,
-        {"failed": failed},
+        "reached" if status == 0 else "FAILED",
+        lines[-1],
+        {"failed": failed, "output": [] if status == 0 else lines[-1000:]},
     )
 
 
@@ -753,7 +764,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 # Name -> (seconds it may need, what it does); in the order of the table.
 SECTIONS: dict[str, tuple[float, Section]] = {
-    "tests": (120, tests),
+    "tests": (TESTS_SECONDS, tests),
     "link": (30, link),
     "error": (20, error),
     "decode_short": (70, decode_short),

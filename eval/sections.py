@@ -172,8 +172,9 @@ class Child:
                 elif kind == "skipped":
                     return [*rows, Row(name, verdict="skipped", note=what)], True
                 elif kind == "failed":
-                    why, is_alive = what
-                    return [*rows, Row(name, verdict="FAILED", note=why)], is_alive
+                    why, trace, is_alive = what
+                    data = {"traceback": trace}
+                    return [*rows, Row(name, verdict="FAILED", note=why, data=data)], is_alive
         except (EOFError, OSError):
             self._process.join(END_SECONDS)
             why = f"its process died, exit status {self._process.exitcode}"
@@ -212,5 +213,6 @@ def serve(
         except Exception as cause:
             traceback.print_exc()
             why = f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
-            pipe.send(("failed", (why, workshop is not None and workshop.is_usable())))
+            is_usable = workshop is not None and workshop.is_usable()
+            pipe.send(("failed", (why, traceback.format_exc(), is_usable)))
         gc.collect()  # caches that a failed section left

@@ -101,6 +101,7 @@ def test_one_that_raises_is_told_with_the_rows_it_had_and_the_rest_go_on(run):
     rows, _ = run(raising, good)
     assert verdicts(rows) == ["", "FAILED", ""]
     assert rows[1].note == "RuntimeError: planted"
+    assert "in raising" in rows[1].data["traceback"]
     assert rows[2].measured == "2", "the process was still good"
 
 

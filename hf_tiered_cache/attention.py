@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import AttentionInterface
 
 from hf_tiered_cache.dense_attention import explicit_mask, textbook_attention
-from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels import masks, ops
 from hf_tiered_cache.metrics import span
 from hf_tiered_cache.paged_states import PagedStates, RefuseBackward, Snapshot
 from hf_tiered_cache.tracing import ATTEND, ATTENTION, MERGE
@@ -117,9 +117,13 @@ def _attend(
         if causal:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     elif attention_mask.dim() == 2:
-        starts, mask = _padding(attention_mask)
+        starts, mask = _once(_padding, attention_mask)
     elif attention_mask.dtype == torch.bool:
-        mask, causal = attention_mask, False  # the mask says it all
+        batch, _, num_queries, _ = query.shape
+        kv_tokens = snapshot.num_tokens
+        facts = (batch, kv_tokens - num_queries, kv_tokens)
+        starts, mask = _once(_causal_mask, attention_mask, *facts)
+        causal = mask is None  # else the mask says it all
     else:
         bias = attention_mask if bias is None else bias + attention_mask
         causal = False
@@ -287,38 +291,50 @@ def _can_stream(
 
 def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """A 2-D padding mask as (starts, mask): left padding as the first attended position of each
-    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`.
-
-    All layers of a forward bring the same mask, and to look into it waits for the device: the last
-    answer is kept.
-    """
-    if mask.is_inference():  # these do not count their changes
-        return _read_padding(mask)
-    if _seen_padding.mask is None or _seen_padding.mask() is not mask:
-        _seen_padding.mask = weakref.ref(mask)
-    elif _seen_padding.version == mask._version:
-        return _seen_padding.answer
-    _seen_padding.version, _seen_padding.answer = mask._version, _read_padding(mask)
-    return _seen_padding.answer
-
-
-class _SeenPadding(threading.local):
-    """The padding mask that this thread saw last."""
-
-    mask: weakref.ref[torch.Tensor] | None = None
-    version = -1
-    answer: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-
-
-_seen_padding = _SeenPadding()
-
-
-def _read_padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`."""
     mask = mask.bool()
     starts = mask.int().argmax(dim=1)
     if bool((mask.sum(dim=1) == mask.shape[1] - starts).all()):
         return (starts.int(), None) if bool(starts.any()) else (None, None)
     return None, mask[:, None, None, :]
+
+
+def _causal_mask(
+    mask: torch.Tensor, batch: int, query_start: int, kv_tokens: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A dense boolean mask as (starts, None) where causality and left padding say the same, else
+    (None, mask)."""
+    starts = masks.causal_starts(mask, query_start, kv_tokens)
+    if starts is None:
+        return None, mask
+    return (starts.expand(batch).contiguous(), None) if bool(starts.any()) else (None, None)
+
+
+class _SeenMask(threading.local):
+    """The mask that this thread read last, and what was found."""
+
+    mask: weakref.ref[torch.Tensor] | None = None
+    facts: tuple[int, ...] = ()
+    answer: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+
+_seen = _SeenMask()
+
+
+def _once(
+    read: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]],
+    mask: torch.Tensor,
+    *arguments: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`read(mask, *arguments)`, kept for the next layer: all of a forward bring the same mask, and
+    to look into one waits for the device."""
+    if mask.is_inference():  # these do not count their changes
+        return read(mask, *arguments)
+    facts = (mask._version, *arguments)
+    if _seen.mask is None or _seen.mask() is not mask or _seen.facts != facts:
+        _seen.answer = read(mask, *arguments)
+        _seen.mask, _seen.facts = weakref.ref(mask), facts
+    return _seen.answer
 
 
 def _dense(states: torch.Tensor) -> torch.Tensor:

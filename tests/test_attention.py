@@ -134,25 +134,55 @@ def test_two_dimensional_padding_masks(make_cache, name, budget, queries, side):
     case.check(name, allowed, mask.bool())
 
 
-def test_a_padding_mask_is_looked_into_once_and_again_when_it_changed(monkeypatch):
+def test_a_mask_is_looked_into_once_and_again_when_it_changed():
     looks = []
-    read = attention._read_padding
-    monkeypatch.setattr(attention, "_read_padding", lambda mask: looks.append(1) or read(mask))
+
+    def read(mask, *arguments):
+        looks.append(arguments)
+        return attention._padding(mask)
+
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     for _ in range(3):
-        starts, _ = attention._padding(mask)
+        starts, _ = attention._once(read, mask, 5)
         assert starts.tolist() == [1, 0]
-    assert len(looks) == 1
+    assert looks == [(5,)]
     mask[0, 0] = 1
-    assert attention._padding(mask) == (None, None)
+    assert attention._once(read, mask, 5) == (None, None)
     mask[0, 2] = 0
-    assert attention._padding(mask)[1].tolist() == [[[[True, True, False]]], [[[True] * 3]]]
-    assert len(looks) == 3
+    holes = [[[[True, True, False]]], [[[True] * 3]]]
+    assert attention._once(read, mask, 5)[1].tolist() == holes
+    assert attention._once(read, mask, 6)[1].tolist() == holes
+    assert len(looks) == 4
     other = mask.clone()
     other[0] = torch.tensor([0, 0, 1])
-    assert attention._padding(other)[0].tolist() == [2, 0]
+    assert attention._once(read, other, 6)[0].tolist() == [2, 0]
     with torch.inference_mode():
-        assert attention._padding(torch.tensor([[0, 1]]))[0].tolist() == [1]
+        assert attention._once(read, torch.tensor([[0, 1]]), 6)[0].tolist() == [1]
+
+
+def test_a_dense_causal_mask_needs_no_reading_by_the_kernels(make_cache, monkeypatch):
+    """Behind a past sdpa gets causality spelled out; other masks stay what they are."""
+    given = []
+    attend = attention._stream_attention
+
+    def noted(snapshot, query, **arguments):
+        given.append((arguments["causal"], arguments["starts"], arguments["mask"]))
+        return attend(snapshot, query, **arguments)
+
+    monkeypatch.setattr(attention, "_stream_attention", noted)
+    case = Case(make_cache, "cold", 5)
+    allowed = causal(5).expand(2, 1, 5, TOKENS).clone()
+    case.check("sdpa", allowed, allowed)
+    allowed = allowed.clone()
+    allowed[1, ..., :3] = False
+    case.check("sdpa", allowed, allowed)
+    allowed = allowed.clone()
+    allowed[0, 0, 2, 7] = False
+    case.check("sdpa", allowed, allowed)
+    (causal_1, starts_1, mask_1), (causal_2, starts_2, mask_2), (causal_3, _, mask_3) = given
+    assert (causal_1, starts_1, mask_1) == (True, None, None)
+    assert (causal_2, starts_2.tolist(), mask_2) == (True, [0, 3], None)
+    assert (causal_3, mask_3 is allowed) == (False, True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
-from hf_tiered_cache.kernels import checks, reference
+from hf_tiered_cache.kernels import checks, flash, reference
 from hf_tiered_cache.kernels.cores import (
     DTYPE_NUMBERS,
     MAX_HEAD_DIM,
@@ -116,7 +116,7 @@ def paged_attention(
     if query_start is None:
         query_start = kv_tokens - queries
     core = _core_for(query, layout, bias)
-    if core is None:
+    if core is None or _is_for_flash(query, layout, mask, bias, softcap):
         state = RunningState.begin(query, layout.value_dim)
         attend_blocks(
             state,
@@ -174,8 +174,10 @@ def attend_blocks(
     if query_start is None:
         query_start = kv_tokens - query.shape[2]
     core = _core_for(query, layout, bias)
-    if core is None:
-        reference.attend_blocks(
+    is_for_flash = _is_for_flash(query, layout, mask, bias, softcap)
+    if core is None or is_for_flash:
+        attend = flash.attend_blocks if is_for_flash else reference.attend_blocks
+        attend(
             state,
             query,
             view,
@@ -278,6 +280,19 @@ def not_supported_reasons(
     if query.stride(-1) != 1:
         reasons.append("query with a strided last dimension")
     return reasons
+
+
+def _is_for_flash(
+    query: Tensor,
+    layout: BlockLayout,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> bool:
+    """Whether torch's flash attention does this best: prefill on a CUDA device."""
+    return query.is_cuda and not flash.not_supported_reasons(
+        query, layout, mask=mask, bias=bias, softcap=softcap
+    )
 
 
 def _core_for(query: Tensor, layout: BlockLayout, bias: Tensor | None) -> Core | None:

@@ -1,17 +1,27 @@
-"""Build the compiled core `hf_tiered_cache._C`; everything else is in pyproject.toml.
+"""Build the compiled cores: `hf_tiered_cache._C` for the CPU and `hf_tiered_cache._cuda`.
 
-One translation unit per instruction set, each with its own flags, chosen between at run time: a
-wheel built anywhere runs anywhere. Only setuptools and pybind11 are needed; torch is never
-imported here, it decides nothing about the build. Without a working compiler the package is
-installed without the core and runs on plain torch, slower.
+Everything else is in pyproject.toml.
 
-Room for later: CUDA kernels join as prebuilt objects behind the same C ABI (csrc/cuda).
+CPU: one translation unit per instruction set, each with its own flags, chosen between at run time:
+a wheel built anywhere runs anywhere. CUDA: wherever nvcc is found, whether or not there is a GPU,
+with a static runtime, so that the result loads without a driver and beside any torch. Only
+setuptools and pybind11 are needed; torch is never imported here, it decides nothing about the
+build. What cannot be built is left out, with the reason: the package then runs on plain torch,
+slower.
+
+    HF_TIERED_CACHE_BUILD_CUDA=0        never build the CUDA core
+    HF_TIERED_CACHE_BUILD_CUDA=1        a CUDA core that cannot be built is an error
+    HF_TIERED_CACHE_BUILD_CUDA=native   the same, for the GPUs of this machine only
 """
 
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,6 +58,7 @@ X86_UNITS = {
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
     "avx512_bf16_emulated": AVX512_FLAGS,
 }
+CPU_HEADERS = [*sorted(Path("csrc").glob("*.h")), *sorted(Path("csrc/cpu").glob("*.h"))]
 SOURCES = [
     "csrc/attention_worker.cpp",
     "csrc/bindings.cpp",
@@ -59,15 +70,104 @@ SOURCES = [
     "csrc/cpu/isa_portable.cpp",
 ]
 
+CUDA_CHOICE = os.environ.get("HF_TIERED_CACHE_BUILD_CUDA", "")
+CUDA_EXTENSION = "hf_tiered_cache._cuda"
+CUDA_CHOICES = ("", "0", "1", "native")
+# A100, A10 (and 30x0), L4 (and 40x0), H100, B200, 50x0; and whatever comes, by the last one's PTX.
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+CUDA_UNITS = ("append", "attend", "copy", "devices", "flags", "fold")
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+CUDA_HEADERS = [*sorted(Path("csrc").glob("*.h")), *sorted(Path("csrc/cuda").glob("*.*h"))]
+CUDA_FOLDER = Path("build/cuda")  # objects, and what ptxas said of registers and spills
 
-class BuildCore(build_ext):
-    """Compile every unit with the flags of its instruction set; survive a missing compiler."""
+
+class Nvcc:
+    """The CUDA compiler: where it is, what it knows, one object per unit."""
+
+    def __init__(self) -> None:
+        home = os.environ.get("CUDA_HOME")
+        places = [f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
+        found = [path for place in places if place and (path := shutil.which(place))]
+        if not found:
+            raise RuntimeError("nvcc is missing (looked in CUDA_HOME, PATH and /usr/local/cuda)")
+        self.path = found[0]
+
+    def compile(self, unit: str) -> str:
+        """The object of csrc/cuda/<unit>.cu, compiled again only if something changed."""
+        CUDA_FOLDER.mkdir(parents=True, exist_ok=True)
+        target, log = CUDA_FOLDER / f"{unit}.o", CUDA_FOLDER / f"{unit}.log"
+        command = [self.path, *CUDA_FLAGS, *self.architectures(), f"--threads={os.cpu_count()}"]
+        command += ["-c", f"csrc/cuda/{unit}.cu", "-o", str(target)]
+        said = shlex.join(command)
+        sources = [Path(f"csrc/cuda/{unit}.cu"), *CUDA_HEADERS]
+        if target.exists() and log.exists() and log.read_text().startswith(f"{said}\n"):
+            built = target.stat().st_mtime
+            if all(source.stat().st_mtime < built for source in sources):
+                return str(target)
+        print(said, flush=True)
+        began = time.time()
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{said}\n{result.stdout}{result.stderr}")
+        log.write_text(f"{said}\n{result.stdout}{result.stderr}")
+        os.utime(target, (began, began))  # older than what was changed meanwhile
+        return str(target)
+
+    def architectures(self) -> list[str]:
+        """Flags for the architectures to compile for: those that this nvcc knows."""
+        if CUDA_CHOICE == "native":
+            return ["-arch=native"]
+        listed = self.ask("--list-gpu-arch").split()
+        known = [number for number in CUDA_ARCHITECTURES if f"compute_{number}" in listed]
+        if not known:
+            raise RuntimeError(f"{self.path} knows none of the architectures {CUDA_ARCHITECTURES}")
+        flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+        return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+
+    def libraries(self) -> list[str]:
+        """Flags that link the runtime statically, and hide it: torch brings one of its own."""
+        said = self.ask("--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null")
+        (line,) = [line for line in said.splitlines() if line.startswith("#$ LIBRARIES=")]
+        folders = shlex.split(line.partition("=")[2])
+        return [*folders, "-lcudart_static", "-ldl", "-lrt", "-pthread", "-Wl,--exclude-libs,ALL"]
+
+    def ask(self, *arguments: str) -> str:
+        result = subprocess.run(
+            [self.path, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # where --dryrun writes
+            text=True,
+            check=True,
+        )
+        return result.stdout
+
+
+class BuildCores(build_ext):
+    """Compile every unit with the flags it needs; survive a missing compiler."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA_EXTENSION:
+            build, is_wanted, needed = self.build_cuda, CUDA_CHOICE != "0", "nvcc 12 or newer"
+        else:
+            build, is_wanted, needed = self.build_units, True, "a C++17 compiler (GCC or Clang)"
+        if not is_wanted:
+            return
         try:
-            self.build_units(ext)
-        except Exception as error:  # the extension is optional: whatever happened, install without
-            self.say_missing(error)
+            build(ext)
+        except Exception as error:  # extensions are optional: whatever happened, install without
+            if ext.name == CUDA_EXTENSION and CUDA_CHOICE in ("1", "native"):
+                raise
+            self.say_missing(ext, error, needed)
+
+    def build_cuda(self, ext: Extension) -> None:
+        if pybind11 is None:
+            raise RuntimeError("pybind11 is missing (pip install pybind11)")
+        nvcc = Nvcc()
+        ext.extra_objects = [nvcc.compile(unit) for unit in CUDA_UNITS]
+        ext.depends = [*ext.depends, *ext.extra_objects]
+        ext.include_dirs.append(pybind11.get_include())
+        ext.extra_link_args = nvcc.libraries()
+        super().build_extension(ext)
 
     def build_units(self, ext: Extension) -> None:
         if pybind11 is None:
@@ -106,14 +206,17 @@ class BuildCore(build_ext):
                 return False
         return True
 
-    def say_missing(self, error: Exception) -> None:
+    def say_missing(self, ext: Extension, error: Exception, needed: str) -> None:
         print(
-            "\nhf_tiered_cache: the compiled core was NOT built; the package will run on plain "
-            f"torch, which is slower.\n  reason: {error}\n  needed: pybind11 and a C++17 compiler "
-            "(GCC or Clang); then install again.\n",
+            f"\nhf_tiered_cache: {ext.name} was NOT built; plain torch will do its work, slower."
+            f"\n  reason: {error}\n  needed: pybind11 and {needed}; then install "
+            "again.\n",
             file=sys.stderr,
         )
 
+
+if CUDA_CHOICE not in CUDA_CHOICES:
+    sys.exit(f"HF_TIERED_CACHE_BUILD_CUDA: got {CUDA_CHOICE!r}, expected 0, 1, native or nothing")
 
 setup(
     ext_modules=[
@@ -124,9 +227,20 @@ setup(
             include_dirs=["csrc"],
             extra_compile_args=COMMON_FLAGS,
             extra_link_args=["-pthread"],
-            depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
+            depends=[str(path) for path in CPU_HEADERS],
             optional=True,
-        )
+        ),
+        Extension(
+            CUDA_EXTENSION,
+            sources=["csrc/cuda/bindings.cpp"],
+            language="c++",
+            include_dirs=["csrc"],
+            extra_compile_args=COMMON_FLAGS,
+            depends=[
+                str(path) for path in [*CUDA_HEADERS, *sorted(Path("csrc/cuda").glob("*.cu"))]
+            ],
+            optional=True,
+        ),
     ],
-    cmdclass={"build_ext": BuildCore},
+    cmdclass={"build_ext": BuildCores},
 )

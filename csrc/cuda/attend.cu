@@ -11,8 +11,12 @@
 namespace hf_tiered_cache {
 namespace {
 
-// Partials of one round; a decode step over 128K tokens with 32 heads of 128 needs 8.5 MiB.
-constexpr int64_t kPartialBytes = 64 << 20;
+// Partials of one round; a decode step over 128K tokens with 32 heads of 128 needs 8.5 MiB. Tests
+// set less, to see more rounds.
+#if !defined(HTC_PARTIAL_BYTES)
+#define HTC_PARTIAL_BYTES (64 << 20)
+#endif
+constexpr int64_t kPartialBytes = HTC_PARTIAL_BYTES;
 // Units that a round should do for its queries before the fold is worth its launch.
 constexpr int64_t kMinRoundUnits = 16;
 constexpr int64_t kMaxHeadDim = 256;
@@ -75,11 +79,14 @@ Variant variant() {
           static_cast<int>(sizeof(PartialMemory<kRows, kLanes>))};
 }
 
+// Tiles of 4 or 8 rows. Fewer rows than 4 would be no faster, as memory binds them; more than 8
+// would not fit the registers; float32 is too rare for two.
 template <DType kType, int kLanes>
 Variant variant_of_rows(int64_t rows) {
-  if (rows == 1) return variant<kType, 1, kLanes, true>();
-  if (rows <= 4) return variant<kType, 4, kLanes, true>();
-  return variant<kType, 8, kLanes, true>();
+  if constexpr (kType != DType::kFloat32) {
+    if (rows > 4) return variant<kType, 8, kLanes, true>();
+  }
+  return variant<kType, 4, kLanes, true>();
 }
 
 bool is_aligned(const AttentionParams& p) {
@@ -92,7 +99,7 @@ bool is_aligned(const AttentionParams& p) {
 // The kernel for `rows` rows per kv_head. The bits do not depend on the number of rows.
 template <DType kType>
 Variant choose_variant(const AttentionParams& p, int64_t rows) {
-  if (!is_aligned(p)) return variant<kType, 8, 32, false>();
+  if (!is_aligned(p)) return variant<kType, 4, 32, false>();
   const int64_t dim = Max(p.view.key_dim, p.view.value_dim);
   if (dim <= 8 * kPack) return variant_of_rows<kType, 8>(rows);
   if (dim <= 16 * kPack) return variant_of_rows<kType, 16>(rows);

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 
+import emulated
 import pytest
 import torch
 
@@ -59,6 +60,8 @@ def test_calls_from_several_python_threads_at_once(make_case, kernel, two_thread
 def test_the_interpreter_runs_on_during_a_call(make_case, kernel, two_threads):
     if kernel == "reference":
         pytest.skip("torch's own matter")
+    if kernel == emulated.NAME:
+        pytest.skip("takes minutes; tests/cuda/test_flags.py has the same")
     case = make_case(kv_heads=4, group=8, queries=600, tokens=1200, block_tokens=64)
     ticks = 0
     done = threading.Event()

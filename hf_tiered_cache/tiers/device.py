@@ -8,6 +8,8 @@ import weakref
 
 import torch
 
+from hf_tiered_cache.errors import ConfigError
+from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.tiers.base import Budget
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
@@ -28,8 +30,8 @@ class DeviceTier(MemoryTier, name="device"):
         lane: CopyLane | None = None,
     ) -> None:
         """Raises ConfigError when the budget cannot be mapped, or `block_bytes` is no multiple of
-        4096. On a device other than the CPU what is left of the budget is allocated here, and
-        torch's own out-of-memory error goes through."""
+        4096. On a device other than the CPU what is left of the budget is allocated here; a
+        ConfigError says if the device has less."""
         super().__init__(block_bytes, budget)
         self.device = torch.device(device)
         self.lane = lane
@@ -39,9 +41,7 @@ class DeviceTier(MemoryTier, name="device"):
         else:  # all allocated now, so all accounted for at once
             max_slots = step_slots = budget.free_bytes // block_bytes
             self._mapping = None
-            self._slab = torch.empty(
-                (max_slots, block_bytes), dtype=torch.uint8, device=self.device
-            )
+            self._slab = _allocate(max_slots, block_bytes, self.device)
         self._pool = SlotPool(
             block_bytes, budget, self.name, step_slots=step_slots, max_slots=max_slots
         )
@@ -61,3 +61,11 @@ class DeviceTier(MemoryTier, name="device"):
             self.lane.settle()
         self._finalizer()
         self._give_back()
+
+
+def _allocate(num_slots: int, block_bytes: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty((num_slots, block_bytes), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        size = format_bytes(num_slots * block_bytes)
+        raise ConfigError(f"device_bytes: no {size} are free on {device}; lower it") from error

@@ -135,3 +135,14 @@ def test_on_another_device_the_whole_budget_is_taken_at_once():
     assert [tier.allocate() for _ in range(11)] == [*range(10), None]
     tier.close()
     assert budget.used_bytes == 0
+
+
+def test_a_device_with_less_memory_than_the_budget_is_told_by_the_name_of_the_knob(monkeypatch):
+    def refuse(*_args, **_knobs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    budget = Budget("device", 100 * 8192)
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(ConfigError, match=r"device_bytes: no .* are free on meta; lower it"):
+        DeviceTier(8192, budget, "meta")
+    assert budget.used_bytes == 0

@@ -154,7 +154,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Write new tokens into their blocks. A slot outside the slab is not written.");
 
-  py::enum_<CopyDirection>(m, "CopyDirection")
+  py::enum_<CopyDirection>(m, "CopyDirection", py::module_local())
       .value("HOST_TO_DEVICE", CopyDirection::kHostToDevice)
       .value("DEVICE_TO_HOST", CopyDirection::kDeviceToHost)
       .value("DEVICE_TO_DEVICE", CopyDirection::kDeviceToDevice);

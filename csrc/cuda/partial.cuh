@@ -16,6 +16,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpLanes;
 
+// CUDA blocks that shall fit a multiprocessor, which bounds the registers: 3 where that costs no
+// spills, for more loads in flight (tests/cuda/test_registers.py prints what it comes to).
+template <int kRows, int kLanes>
+constexpr int kResident = kRows == 4 && kLanes == 16 ? 3 : 2;
+
 // Loads of 16 bytes that a thread has in flight.
 constexpr int kLoads = 4;
 template <DType kType>
@@ -286,7 +291,7 @@ __device__ __forceinline__ void StoreSame(const AttentionParams& p, const Round&
 }
 
 template <DType kType, int kRows, int kLanes, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kResident<kRows, kLanes>)
     PartialKernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Round round) {
   const Tile tile = ThisTile<kRows>(p, round);
   if (tile.begin >= tile.end) {

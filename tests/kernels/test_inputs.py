@@ -120,6 +120,13 @@ def test_bad_state_is_refused(make_case, kernel):
             ops.attend_blocks(state, case.query, case.view(), kv_tokens=60, scale=1.0)
 
 
+def test_states_of_other_queries_do_not_join(make_case, kernel):
+    state = make_case(tokens=60).attend_in_pieces([4])
+    for other in (make_case(batch=2), make_case(value_dim=32), make_case(dtype=torch.float64)):
+        with pytest.raises(UnsupportedInputError, match=r"other state: got .*expected"):
+            ops.join_states(state, ops.RunningState.begin(other.query, other.value_dim))
+
+
 BAD_APPENDS = {
     "keys of another dtype": lambda a: {**a, "keys": a["keys"].half()},
     "keys of other heads": lambda a: {**a, "keys": a["keys"][:, :1]},
@@ -149,3 +156,34 @@ def test_bad_append_writes_nothing(kernel, name):
     with pytest.raises(UnsupportedInputError, match=r"got .*expected"):
         ops.append_tokens(view=ops.BlockView(blocks, table, layout), **arguments)
     assert (blocks == 0).all()
+
+
+# ---- blocks on a device (meta: a device without memory) ------------------------------------------
+
+
+def test_a_table_on_the_cpu_is_sent_to_the_device_of_the_blocks(make_case):
+    case = make_case(batch=2, tokens=60)
+    view = case.view(blocks=case.blocks.to("meta"))
+    assert view.table.is_cpu
+    assert view.device_table.device.type == "meta"
+    assert view.device_table.shape == view.table.shape
+    assert case.view().device_table is case.table
+
+
+@pytest.mark.parametrize("shift", [-100, 100])
+def test_slots_for_a_device_are_checked_on_the_cpu(make_case, shift):
+    case = make_case(batch=2, tokens=60)
+    with pytest.raises(UnsupportedInputError, match=r"table slots: got .*expected 0 \.\."):
+        case.view(blocks=case.blocks.to("meta"), table=case.table + shift)
+
+
+def test_a_table_on_another_device_is_refused(make_case):
+    case = make_case(tokens=60)
+    with pytest.raises(UnsupportedInputError, match=r"table device: got meta, expected cpu"):
+        case.view(table=case.table.to("meta"))
+
+
+def test_a_device_without_a_core_is_a_reason(make_case):
+    case = make_case(tokens=60)
+    reasons = ops.not_supported_reasons(case.query.to("meta"), case.layout)
+    assert reasons == ["query on device meta: compiled kernels are for cpu and cuda"]

@@ -173,3 +173,47 @@ def test_merging_two_empty_states_is_empty():
     merged = ops.merge_attention_states(empty, empty)
     assert (merged.out == 0).all()
     assert (merged.lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_states_of_two_parts_join_to_the_whole(
+    make_case, kernel, tolerance, queries, dtype
+):
+    case = make_case(batch=2, queries=queries, tokens=100, value_dim=80, dtype=dtype)
+    starts = torch.tensor([0, 50], dtype=torch.int32)  # the first part of sequence 1 is empty
+    common = {"starts": starts, "query_start": 100 - queries}
+    whole, lse = case.expected(starts=starts)
+    out_limit, lse_limit = tolerance(kernel, dtype)
+    for columns in ((slice(0, 3), slice(3, None)), (slice(3, None), slice(0, 3))):
+        states = [part_of(case, part, **common) for part in columns]
+        before = states[1].acc.clone()
+        ops.join_states(*states)
+        assert torch.equal(states[1].acc, before)
+        joined = ops.finish_attention(states[0])
+        torch.testing.assert_close(joined.out.double(), whole, atol=out_limit, rtol=0)
+        torch.testing.assert_close(joined.lse.double(), lse, atol=lse_limit, rtol=1e-6)
+
+
+def part_of(case, columns: slice, **common) -> ops.RunningState:
+    """The running state over some columns of the case's table."""
+    state = ops.RunningState.begin(case.query, case.value_dim)
+    first = (columns.start or 0) * case.block_tokens
+    view = case.view(table=case.table[:, columns], first_token=first)
+    ops.attend_blocks(state, case.query, view, kv_tokens=case.tokens, scale=case.scale, **common)
+    return state
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_joining_nothing_changes_nothing(make_case, kernel, queries):
+    case = make_case(queries=queries, tokens=60)
+    state = case.attend_in_pieces([4])
+    other = ops.RunningState.begin(case.query, case.value_dim)
+    expected = ops.finish_attention(state)
+    ops.join_states(state, other)
+    assert same(ops.finish_attention(state), expected)
+    ops.join_states(other, state)
+    assert same(ops.finish_attention(other), expected)
+    nothing = ops.RunningState.begin(case.query, case.value_dim)
+    ops.join_states(nothing, ops.RunningState.begin(case.query, case.value_dim))
+    assert (ops.finish_attention(nothing).lse == -torch.inf).all()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hf_tiered_cache.errors import KernelUnavailableError
 from hf_tiered_cache.kernels import loader, ops
@@ -65,6 +66,46 @@ def test_the_environment_cannot_force_a_missing_kernel(environment):
         ops.backend()
 
 
+def test_every_device_has_a_backend():
+    assert ops.backend("cpu") == ops.backend()
+    assert ops.backend("meta") == "reference"
+    has_cuda = loader.cuda_core()[0] is not None
+    assert ops.backend("cuda:0") == ("cuda" if has_cuda else "reference")
+    assert bool(loader.missing_core(torch.device("cuda"))) != has_cuda
+    with ops.use_kernel("reference"):
+        assert ops.backend("cuda") == "reference"
+    with ops.use_kernel("portable"):  # a kernel of the CPU: the device keeps its own
+        assert ops.backend("cuda") == ("cuda" if has_cuda else "reference")
+
+
+def test_the_cuda_core_loads_without_a_driver_and_says_why_it_has_no_device():
+    core = pytest.importorskip("hf_tiered_cache._cuda", reason="built only where nvcc is found")
+    num_devices, reason = core.device_count()
+    assert num_devices > 0 or reason.startswith("no CUDA device: ")
+    if num_devices == 0:
+        assert loader.cuda_core() == (None, reason)
+
+
+def test_without_the_cuda_core_the_reason_says_so():
+    code = """
+import sys
+sys.modules["hf_tiered_cache._cuda"] = None  # importing it raises ImportError
+from hf_tiered_cache.kernels import ops
+print(ops.backend("cuda"), ops.backend("cuda"))
+"""
+    result = run_python(code)
+    assert result.stdout.strip() == "reference reference"
+    assert result.stderr.count("the CUDA core was not built") == 1
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, in which no kernel is forced."""
+    environment = {k: v for k, v in os.environ.items() if k != loader.ENVIRONMENT_VARIABLE}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
 def test_without_the_core_everything_runs_on_plain_torch_and_says_so_once():
     code = """
 import sys
@@ -73,10 +114,7 @@ from hf_tiered_cache.kernels import ops
 print(ops.backend(), ops.available_kernels())
 ops.backend()
 """
-    environment = {k: v for k, v in os.environ.items() if k != loader.ENVIRONMENT_VARIABLE}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
-    )
+    result = run_python(code)
     assert result.stdout.strip() == "reference ('reference',)"
     assert result.stderr.count("compiled core is missing") == 1
     assert "build_ext" in result.stderr

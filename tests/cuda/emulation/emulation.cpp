@@ -107,9 +107,7 @@ void yield() {
   emulation_switch(save, next_to_run());
 }
 
-void make_ready(int thread) {
-  block.ready[block.num_ready++] = thread;
-}
+void make_ready(int thread) { block.ready[block.num_ready++] = thread; }
 
 [[noreturn]] void fail(const char* why) {
   if (block.error.empty()) block.error = why;

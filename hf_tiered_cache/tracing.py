@@ -59,7 +59,9 @@ class TransferSpan:
         issued <= began <= ended
 
     It was asked for at `issued`; bytes moved in [began, ended). `is_inline`: by the thread that
-    asked, which could do nothing else meanwhile.
+    asked, which could do nothing else meanwhile. Where not `is_timed` the tier did not say when:
+    `began` is `issued`, and `ended` when somebody saw that it had. What is still under way ends
+    with the trace.
     """
 
     kind: str  # LOAD or STORE
@@ -71,6 +73,7 @@ class TransferSpan:
     num_blocks: int
     num_bytes: int
     is_inline: bool
+    is_timed: bool
 
 
 class Trace:
@@ -167,24 +170,41 @@ class Trace:
         with self._lock:
             left = []
             for transfer, issued, facts in self._pending:
-                if not (transfer.is_ready() or is_last):
+                has_ended = transfer.is_ready()
+                if not (has_ended or is_last):
                     left.append((transfer, issued, facts))
                     continue
                 began, ended = transfer.began_at, transfer.ended_at
+                kind, tier, layers, num_blocks, num_bytes, is_inline = facts
+                is_timed = began is not None or is_inline or not has_ended
                 # A copy on the spot says nothing: it began when issued and has ended now.
                 began = issued if began is None else max(began, issued)
                 ended = perf_counter() if ended is None else max(ended, began)
-                kind, tier, *rest = facts
-                self._transfers.append(TransferSpan(kind, tier, issued, began, ended, *rest))
+                self._transfers.append(
+                    TransferSpan(
+                        kind=kind,
+                        tier=tier,
+                        issued=issued,
+                        began=began,
+                        ended=ended,
+                        layers=layers,
+                        num_blocks=num_blocks,
+                        num_bytes=num_bytes,
+                        is_inline=is_inline,
+                        is_timed=is_timed,
+                    )
+                )
             self._pending = left
 
     def seconds(self, name: str) -> float:
         """Time during which some span of that name ran (LOAD and STORE: bytes moved)."""
         return _length(self._intervals(name))
 
-    def hidden_load_seconds(self) -> float:
+    def hidden_load_seconds(self) -> float | None:
         """Time in which bytes were loaded while no thread waited for them or moved them itself:
-        what compute hid."""
+        what compute hid. None where a load did not say when its bytes moved."""
+        if not all(one.is_timed for one in self.loads):
+            return None
         inline = [(one.began, one.ended) for one in self.loads if one.is_inline]
         standing = _union([*self._intervals(LOAD_WAIT), *inline])
         return _length(_without(self._intervals(LOAD), standing))
@@ -209,9 +229,12 @@ class Trace:
                 f"  {kind:<12} {sum(span.num_blocks for span in moved):>7,} blocks "
                 f"({format_bytes(num_bytes)}) in {seconds:.3f} s{rate}"
             )
-        loading = self.seconds(LOAD)
-        if loading:
-            hidden = self.hidden_load_seconds()
+        loading, hidden = self.seconds(LOAD), self.hidden_load_seconds()
+        if hidden is None:
+            lines.append(
+                "  some loads did not say when their bytes moved: what compute hid is open"
+            )
+        elif loading:
             lines.append(
                 f"  loads hidden behind compute: {hidden:.3f} of {loading:.3f} s, "
                 f"{hidden / loading:.0%}"

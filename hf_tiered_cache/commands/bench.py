@@ -69,7 +69,7 @@ def bench(
     (document,) = options.find_documents(tokenizer, data, split, column, join, contexts[-1] + 1)
     loaded = load_model(model, dtype, where)
     if not as_json:
-        facts = environment()
+        facts = environment(where)
         name = str(loaded.dtype).removeprefix("torch.")
         typer.echo(
             f"{model_name(model)}, {name} on {where}, kernel {facts['kernel']}, "
@@ -83,7 +83,7 @@ def bench(
                 typer.echo(str(row))
     if as_json:
         facts = {"model": model_name(model), "dtype": str(loaded.dtype), "device": str(where)}
-        print_json({**environment(), **facts, "rows": [asdict(row) for row in rows]})
+        print_json({**environment(where), **facts, "rows": [asdict(row) for row in rows]})
     if not all(row.is_identical for row in rows):
         typer.echo("TOKENS DIFFER from those of DynamicCache: please report it", err=True)
         raise typer.Exit(MISSED)

@@ -94,12 +94,14 @@ def kernels() -> dict[str, Any]:
         chosen = loader.backend()
     except KernelUnavailableError as error:
         chosen = f"none: {error}"
+    cuda_core, why_not = loader.cuda_core()
     forced = os.environ.get(loader.ENVIRONMENT_VARIABLE)
     return {
         "compiled core": "built" if core else f"missing: {reason}",
         "chosen": chosen + (f" (forced by {loader.ENVIRONMENT_VARIABLE})" if forced else ""),
         "available": ", ".join(loader.available_kernels()),
         **{f"not {name}": why for name, why in loader.unavailable_kernels().items()},
+        "on cuda": "the CUDA core" if cuda_core else f"plain torch: {why_not}",
         "disk mover": "compiled" if compiled_core() else "python",
     }
 

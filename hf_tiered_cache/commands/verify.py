@@ -84,7 +84,9 @@ def verify(
     if as_json:
         facts = {"model": model_name(model), "data": data, "device": str(where)}
         bars_found = [vars(bar) for bar in bars]
-        print_json({**environment(), **facts, "parity": is_good, "rows": rows, "bars": bars_found})
+        print_json(
+            {**environment(where), **facts, "parity": is_good, "rows": rows, "bars": bars_found}
+        )
     else:
         typer.echo(heading(model, windows, plan, name, where))
         typer.echo(report(rows, name))
@@ -122,7 +124,7 @@ def run(
 
 def heading(model: str, windows: list[Window], plan: Plan, dtype: str, device: torch.device) -> str:
     """What was measured, in two lines."""
-    facts = environment()
+    facts = environment(device)
     names = ", ".join(window.document for window in windows)
     return (
         f"{model_name(model)}, {dtype} on {device}, kernel {facts['kernel']}, torch "

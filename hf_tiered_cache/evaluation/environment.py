@@ -13,8 +13,8 @@ import transformers
 from hf_tiered_cache.kernels import ops
 
 
-def environment() -> dict[str, Any]:
-    """Command, processor, threads, versions, kernel; ready for JSON."""
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Command, processor, threads, versions, the kernel on `device`; ready for JSON."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "processor": processor(),
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_tiered_cache": package_version(),
-        "kernel": ops.backend(),
+        "kernel": ops.backend(device),
     }
 
 

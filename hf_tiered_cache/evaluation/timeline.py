@@ -136,9 +136,11 @@ def save_timeline(
     panels = figure.subplots(len(windows), squeeze=False, height_ratios=heights)[:, 0]
     for axes, one in zip(panels, windows, strict=True):
         draw_timeline(axes, recorded, one)
-    loading = recorded.seconds(LOAD)
-    hidden = f"; {recorded.hidden_load_seconds() / loading:.0%} of it hidden" if loading else ""
-    panels[0].set_title(f"the whole run: loads {loading * 1e3:.0f} ms{hidden}", fontsize=9)
+    loading, hidden = recorded.seconds(LOAD), recorded.hidden_load_seconds()
+    title = f"the whole run: loads {loading * 1e3:.0f} ms"
+    if loading and hidden is not None:
+        title += f"; {hidden / loading:.0%} of it hidden"
+    panels[0].set_title(title, fontsize=9)
     if window:
         panels[1].set_title("enlarged; colours are layers, pale is queued", fontsize=9)
     figure.savefig(path, dpi=DPI)

@@ -1,11 +1,16 @@
 """Tests over devices: on the CPU wherever that makes sense, on CUDA where there is one."""
 
+import os
 from dataclasses import fields
 
 import pytest
 import torch
 
 from hf_tiered_cache import TieredCacheConfig
+
+# cuBLAS promises the same bits on several streams only with a workspace of fixed size; it asks once,
+# before its first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 NO_CUDA = "no CUDA device"
 HAS_CPU_LANE = "cpu_share" in {field.name for field in fields(TieredCacheConfig)}

@@ -618,9 +618,11 @@ class OffloadManager:
         return ops.BlockView(self.slab(chunk), chunk.slots, self.layout, first_token)
 
     def _view(self, placement: Placement) -> ops.BlockView:
-        """All columns of a table; cold ones may not be touched."""
+        """The last run of a table, which is resident wherever something is appended."""
         if placement.view is None:
-            placement.view = self.view(Chunk(0, placement.slots))
+            run = placement.runs[-1]
+            assert run.is_resident
+            placement.view = self.view(Chunk(run.first, run.slots))
         return placement.view
 
     def _stream_cold(

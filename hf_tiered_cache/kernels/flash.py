@@ -141,7 +141,7 @@ def attend_blocks(
         _attend_rows(
             RunningState(state.acc[one], state.max[one], state.sum[one]),
             query[one],
-            BlockView(view.blocks, view.table[one], view.layout, view.first_token),
+            BlockView(view.blocks, view.device_table[one], view.layout, view.first_token),
             kv_tokens,
             scale,
             query_start,
@@ -182,7 +182,7 @@ def _attend_rows(
         first, last = max(origin, start), min(origin + columns * layout.block_tokens, end)
         if first >= last:
             continue
-        slots = view.table[:, column : column + layout.num_blocks(last - origin)]
+        slots = view.device_table[:, column : column + layout.num_blocks(last - origin)]
         keys = _gather(layout.keys(view.blocks), slots)
         values = _gather(layout.values(view.blocks), slots)
         for piece in _pieces(first, last, query_start if causal else None, num_queries):

@@ -177,7 +177,8 @@ class CudaFlags:
 
     def mailbox(self, num_bytes: int) -> torch.Tensor:
         """uint8 `[num_bytes]`, zeros, that the device and the CPU both read and write."""
-        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=num_bytes > 0)
+        with torch.inference_mode(False):  # it is written to outside of inference mode as well
+            return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=num_bytes > 0)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy between a mailbox and the device, behind all that the current stream was given."""

@@ -65,7 +65,8 @@ class DeviceTier(MemoryTier, name="device"):
 
 def _allocate(num_slots: int, block_bytes: int, device: torch.device) -> torch.Tensor:
     try:
-        return torch.empty((num_slots, block_bytes), dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # it is written to outside of inference mode as well
+            return torch.empty((num_slots, block_bytes), dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
         size = format_bytes(num_slots * block_bytes)
         raise ConfigError(f"device_bytes: no {size} are free on {device}; lower it") from error

@@ -1,0 +1,154 @@
+"""Every line of the way of a GPU, on the CPU: torch's streams played, the CUDA core emulated."""
+
+import pytest
+import torch
+from fake_cuda import GPU, FakeEvent, FakeStream, fake_gpu
+from test_generate_parity import SMALLEST, check_integrity, run, tiny_model
+from transformers import DynamicCache
+
+from hf_tiered_cache.kernels import flash
+from hf_tiered_cache.tiers.cuda_clock import CudaClock
+
+BLOCK = 4096
+RING = 2 * BLOCK
+SIZES = {
+    "host": {"host_bytes": 1000 * BLOCK, "disk_bytes": 0},
+    "host and disk": {"host_bytes": RING + 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+}
+
+
+@pytest.mark.parametrize(
+    ("has_core", "sizes", "cpu_share"),
+    [
+        (True, "host", 0.5),
+        (True, "host", "auto"),
+        (True, "host and disk", 0),
+        (False, "host", "auto"),
+        (False, "host and disk", 0.5),
+    ],
+)
+def test_tokens_are_those_of_a_dynamic_cache(make_cache, sizes, cpu_share, has_core):
+    model = tiny_model("Llama")
+    expected, reference = run(model, DynamicCache())
+    with fake_gpu(has_core) as gpu:
+        knobs = {**SIZES[sizes], "cpu_share": cpu_share, "staging_bytes": RING}
+        cache = make_cache(model.config, SMALLEST[1], **knobs)
+        tokens, logits = run(model, cache)
+        assert torch.equal(tokens, expected)
+        assert (logits - reference).abs().max() < 2e-4
+        check_integrity(cache)
+        stats = cache.stats()
+        copy = stats.lanes[0]
+        assert 0 < copy.moved_bytes <= stats.counters.loaded_bytes  # a disk read may be under way
+        assert copy.busy_seconds > 0
+        if has_core:
+            cpu = stats.lanes[1]
+            if cpu_share == 0:
+                assert cpu.moved_bytes == 0
+            elif sizes == "host":
+                assert cpu.moved_bytes > 0
+            assert (copy.probed_rate > 0) == (cpu_share == "auto")
+        else:
+            assert len(stats.lanes) == 1
+        cache.close()
+        assert not gpu.pinning.pinned
+
+
+def test_bits_do_not_depend_on_budgets_on_the_copy_lane(make_cache):
+    model = tiny_model("GPT2")
+    bits = None
+    with fake_gpu():
+        for device_blocks, host_blocks in ((64, 10), (SMALLEST[1] + 5, 9)):
+            knobs = {"host_bytes": host_blocks * BLOCK, "cpu_share": 0, "staging_bytes": RING}
+            cache = make_cache(model.config, device_blocks, **knobs)
+            _, logits = run(model, cache)
+            bits = logits if bits is None else bits
+            assert torch.equal(logits, bits)
+            cache.close()
+
+
+def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch):
+    """Prefill goes to flash attention as on a GPU, whatever of the past is cold."""
+    from hf_tiered_cache import devices
+    from hf_tiered_cache.kernels import ops
+
+    model = tiny_model("Llama")
+    ids = torch.randint(2, 97, (1, 150), generator=torch.Generator().manual_seed(3))
+    expected, _ = run(model, DynamicCache(), ids)
+    calls = []
+    whole = flash.attend_blocks
+
+    def noted(state, query, view, **arguments):
+        calls.append((view.first_token, view.table.shape[1]))
+        whole(state, query, view, **arguments)
+
+    monkeypatch.setattr(devices, "group_columns", lambda layout, _: flash.group_columns(layout))
+    monkeypatch.setattr(flash, "attend_blocks", noted)
+    monkeypatch.setattr(
+        ops,
+        "_is_for_flash",
+        lambda query, layout, mask, bias, softcap: (
+            not flash.not_supported_reasons(query, layout, mask=mask, bias=bias, softcap=softcap)
+        ),
+    )
+    bits = None
+    with fake_gpu():
+        for device_blocks in (200, 2 * 16 + 3):
+            cache = make_cache(
+                model.config, device_blocks, host_bytes=1000 * BLOCK, disk_bytes=0, cpu_share=0
+            )
+            tokens, logits = run(model, cache, ids, prefill_chunk_size=50)
+            assert torch.equal(tokens, expected)
+            bits = logits if bits is None else bits
+            assert torch.equal(logits, bits)
+            assert (cache.stats().counters.cold_reads > 0) == (device_blocks < 200)
+            cache.close()
+    group = 16 * 4
+    assert {first % group for first, _ in calls} == {0}
+    assert len({first for first, _ in calls}) > 1
+
+
+def test_loads_come_behind_the_marks_and_the_stream_waits_for_them():
+    with fake_gpu() as gpu:
+        lane = gpu.make_lane()
+        device, host = torch.zeros(2, BLOCK, dtype=torch.uint8), torch.ones(2, BLOCK).byte()
+        gpu.slabs.append(device)
+        lane.mark().hold_loads()
+        marked = gpu.stream.seen[-1][1]
+        assert lane._loads.seen == [("wait", marked)]
+        transfer = lane.load(list(host), list(device))
+        assert torch.equal(device, host)
+        transfer._end.at = None  # the copy is not done yet
+        assert not transfer.is_ready()
+        transfer._end.at = ended = next(FakeEvent.clock)
+        transfer._is_ready, query = False, FakeEvent.query
+        FakeEvent.query = lambda event: event is not transfer._end and query(event)
+        try:
+            transfer.hold_device()
+        finally:
+            FakeEvent.query = query
+        assert ("wait", ended) in gpu.stream.seen
+        assert lane.measure().moved_bytes == 2 * BLOCK
+        assert lane.measure().wait_seconds > 0
+
+
+def test_stores_come_behind_what_the_current_stream_was_given():
+    with fake_gpu() as gpu:
+        lane = gpu.make_lane()
+        device, host = torch.ones(3, BLOCK).byte(), torch.zeros(3, BLOCK, dtype=torch.uint8)
+        lane.store(list(device), list(host), is_pinned=False).wait()
+        assert torch.equal(device, host)
+        assert lane._stores.seen[0] == ("wait", gpu.stream.seen[-1][1])
+        lane.settle()
+        assert ("synchronize", None) in lane._stores.seen
+        assert ("synchronize", None) in lane._loads.seen
+
+
+def test_a_clock_adds_up_what_has_passed():
+    clock, stream = CudaClock(), FakeStream(GPU)
+    with fake_gpu():
+        for _ in range(3):
+            clock.end(clock.begin(stream), stream)
+        late = clock.begin(stream)
+        clock.end(late, stream).at = None
+        assert clock.seconds() == pytest.approx(3 / 1000)

@@ -39,6 +39,8 @@ def test_number_of_threads_gives_the_same_bits(make_case, kernel, queries, dtype
 
 
 def test_calls_from_several_python_threads_at_once(make_case, kernel, two_threads):
+    if kernel == emulated.NAME:
+        pytest.skip("the emulation does one call at a time")
     cases = [large(make_case, queries, torch.bfloat16) for queries in (1, 30)]
     expected = [case.attend().out for case in cases]
     wrong: list[int] = []
@@ -85,6 +87,8 @@ def test_the_interpreter_runs_on_during_a_call(make_case, kernel, two_threads):
 def test_a_forked_child_has_threads_of_its_own(make_case, kernel, two_threads):
     if kernel == "reference":
         pytest.skip("torch's OpenMP does not survive a fork")
+    if kernel == emulated.NAME:
+        pytest.skip("CUDA does not survive a fork")
     case = large(make_case, 1, torch.bfloat16)
     expected = case.attend().out  # the parent's pool exists now
     child = os.fork()

@@ -131,6 +131,7 @@ def test_it_starts_without_the_packages_of_the_evaluations():
 
 def test_it_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hf-tiered-cache", "--help"])
+    monkeypatch.delitem(sys.modules, "hf_tiered_cache.__main__", raising=False)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("hf_tiered_cache", run_name="__main__")
     assert stopped.value.code == 0

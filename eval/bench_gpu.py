@@ -348,6 +348,7 @@ def share_off(cache: TieredCache) -> float:
 def tests(bench: Bench) -> Iterator[Row]:
     """tests/gpu, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-o", "faulthandler_timeout=60"]  # one that hangs says where
     if not bench.machine.is_cuda:
         command += ["-k", "whole_table"]  # the rest is run by the suite itself
     try:

@@ -8,8 +8,8 @@ import torch
 
 from hf_tiered_cache import TieredCacheConfig
 
-# cuBLAS promises the same bits on several streams only with a workspace of fixed size; it asks
-# once, before its first product.
+# cuBLAS promises the same bits on several streams only with a workspace of fixed size; it looks at
+# this once, before its first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 NO_CUDA = "no CUDA device"

@@ -3,7 +3,8 @@
 What the device is given (kernels, copies) goes into three queues; nothing happens until somebody
 waits or looks. Which queue goes on is drawn from a seed; only what was said holds them back, so a
 wait that was forgotten shows: what is loaded reads as NaN from the moment its slot may be filled
-until the copy is done.
+until the copy is done. So does every slot of the device that was never written, and every slot of
+the host that was freed.
 """
 
 import random
@@ -17,7 +18,7 @@ import torch
 
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.metrics import LaneCounters
-from hf_tiered_cache.tiers import DeviceTier, Transfer
+from hf_tiered_cache.tiers import DeviceTier, HostTier, MemoryTier, Transfer
 
 POISON = 0xFF
 KERNELS = [
@@ -116,6 +117,19 @@ class LateDevice:
         return given
 
 
+@contextmanager
+def poisoned(kind: type[MemoryTier]):
+    """Let every slot of a tier read as NaN when it is freed: nobody may be reading it."""
+    init = kind.__init__
+
+    def init_poisoned(tier, *args, **kwargs):
+        init(tier, *args, **kwargs)
+        tier.poison = True
+
+    with patch.object(kind, "__init__", init_poisoned):
+        yield
+
+
 class LateMark:
     def __init__(self, device: LateDevice) -> None:
         self._device = device
@@ -169,9 +183,9 @@ class LateLane:
 
         def noted(tier, *args, **kwargs):
             init(tier, *args, **kwargs)
-            self.slabs.append(tier.slab)
+            self.slabs.append(tier.slab.fill_(POISON))
 
-        with patch.object(DeviceTier, "__init__", noted):
+        with patch.object(DeviceTier, "__init__", noted), poisoned(HostTier):
             yield
 
     def carries(self, block: torch.Tensor) -> bool:

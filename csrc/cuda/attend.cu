@@ -120,7 +120,11 @@ CudaStatus attend_queries(void* stream, const AttentionParams& p, const Plan& pl
                           int64_t first_query, int64_t queries, float* scratch) {
   const int64_t rows = p.batch * p.heads * queries;
   RoundRows running = {p.state, p.queries, first_query};
-  if (plan.has_running) running = {take_rows(scratch, rows, p.view.value_dim), queries, 0};
+  if (plan.has_running) {
+    // Behind the partials, which begin at 16 bytes: their rows are written in words of that size.
+    float* behind = scratch + plan.units_per_round * rows * (p.view.value_dim + 2);
+    running = {take_rows(behind, rows, p.view.value_dim), queries, 0};
+  }
   int64_t unit = 0;
   do {
     Round round = {};

@@ -20,15 +20,16 @@ def test_any_order_of_threads_gives_the_same_bits(core, dims, dtype):
     assert all(torch.equal(result.lse, results[0].lse) for result in results)
 
 
-@pytest.mark.parametrize(("queries", "tokens"), [(1, 700), (40, 140)])
-def test_many_rounds_give_the_bits_of_calls_that_need_one_each(core, queries, tokens):
-    case = PagedCase(1, 1, 16, queries, tokens, 64, 64, 4)
+# An odd number of rows: nothing behind the partials begins at 16 bytes.
+@pytest.mark.parametrize(("group", "queries", "tokens"), [(16, 1, 500), (4, 30, 100), (3, 1, 2000)])
+def test_many_rounds_give_the_bits_of_calls_that_need_one_each(core, group, queries, tokens):
+    case = PagedCase(1, 1, group, queries, tokens, 64, 64, 4)
     blocks = case.table.shape[1]
     begin = tokens - queries
     needed = core.module.scratch_bytes(
         case.query.shape, case.view().core_arguments, tokens, begin, True, False
     )
-    assert needed < 300 << 10  # all partials at once: 720 KiB and 5.6 MiB
+    assert needed < 300 << 10  # all partials at once: 387 KiB and more
     whole = case.attend()
     pieces = ops.finish_attention(case.attend_in_pieces([1] * blocks, query_start=begin))
     assert torch.equal(whole.out, pieces.out)

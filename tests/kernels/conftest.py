@@ -7,7 +7,13 @@ from paged_case import PagedCase
 
 from hf_tiered_cache.kernels import ops
 
+# What is too slow to emulate in every run.
 MANY_QUERIES = 60
+SLOW_TO_EMULATE = {
+    "test_random_calls",
+    "test_many_small_blocks_are_folded_in_bounded_rounds_with_the_same_bits",
+    "test_number_of_threads_gives_the_same_bits",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -20,13 +26,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Many queries are slow to emulate, and new to its kernels only up to a few tiles of rows."""
+    """Many queries are slow to emulate, and new to its kernels only up to a few tiles of rows:
+    left to `make test-slow`."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("kernel") != emulated.NAME:
             continue  # among them the tests of other folders
         queries = params["queries"] if "queries" in params else params.get("shape", (0,) * 4)[3]
-        if queries >= MANY_QUERIES:
+        if queries >= MANY_QUERIES or item.originalname in SLOW_TO_EMULATE:
             item.add_marker(pytest.mark.slow)
 
 

@@ -89,7 +89,7 @@ def test_a_device_whose_copies_tell_no_times_is_not_said_to_hide_them(make_cache
         recorded, counters = generate(make_cache, **knobs)
     assert sum(span.num_blocks for span in recorded.loads) == counters.loads > 0
     assert sum(span.num_blocks for span in recorded.stores) == counters.stores > 0
-    assert not any(span.is_timed for span in recorded.loads)
+    assert not all(span.is_timed for span in recorded.loads)  # but for those under way at the end
     assert recorded.hidden_load_seconds() is None
     assert "did not say when" in str(recorded)
 

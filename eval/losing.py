@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from hf_tiered_cache.offload_manager import OffloadManager
+from hf_tiered_cache.block_reader import BlockReader
 
 
 @contextmanager
 def without_cold_blocks() -> Iterator[None]:
     """Let attention miss what is not on the device, as a cache that loses blocks would."""
-    stream = OffloadManager.stream
+    stream = BlockReader.stream
 
     def resident_only(self, table, *arguments):
         is_cold = {i for i, block in enumerate(table.rows[0]) if not block.is_resident}
@@ -18,5 +18,5 @@ def without_cold_blocks() -> Iterator[None]:
             if chunk.first not in is_cold:
                 yield chunk
 
-    with patch.object(OffloadManager, "stream", resident_only):
+    with patch.object(BlockReader, "stream", resident_only):
         yield

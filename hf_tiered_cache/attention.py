@@ -178,21 +178,22 @@ def _stream_attention(
     }
     heads_first = out.transpose(1, 2)
     with manager.lock, span(ATTENTION, snapshot.table.layer):
-        view = manager.resident_view(snapshot.table, snapshot.num_tokens)
+        reader = manager.reader(snapshot.table)
+        view = reader.resident_view(snapshot.table, snapshot.num_tokens)
         if view is not None:
             ops.paged_attention(
                 query, view, sinks=sinks, out=heads_first, return_lse=False, **arguments
             )
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
-        beside = manager.attend_beside(snapshot.table, query, arguments)
-        for chunk in manager.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
+        beside = reader.attend_beside(snapshot.table, query, arguments)
+        for chunk in reader.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
             columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
             with span(ATTEND, snapshot.table.layer, columns):
-                ops.attend_blocks(state, query, manager.view(chunk), **arguments)
+                ops.attend_blocks(state, query, reader.view(chunk), **arguments)
         with span(MERGE, snapshot.table.layer):
             if beside:
-                manager.join_beside(state)
+                reader.join_beside(state)
             ops.finish_attention(state, out=heads_first, sinks=sinks)
     return out
 

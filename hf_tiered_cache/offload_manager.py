@@ -1,11 +1,11 @@
-"""What is demoted and when, and how cold blocks come back: `OffloadManager`.
+"""What is demoted and when: `OffloadManager`.
 
 Exact decode reads every block of every layer once per token, in layer order. Against such a
 cyclic scan LRU hits nothing, so placement is by age: the newest blocks stay on the device, the
 same share in every layer, older ones lie one rung down, and the oldest on the last rung. A full
 block is immutable, so it is stored at most once on each rung and the copy above is dropped for
 free; stores start before their room is needed, so that a decode step seldom waits for one. Blocks
-never go up but through staging.
+never go up but through staging (`block_reader`).
 
 One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
 it; `lock` is held by whoever moves or reads blocks.
@@ -13,23 +13,14 @@ it; `lock` is held by whoever moves or reads blocks.
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from hf_tiered_cache import tracing
-from hf_tiered_cache.block_manager import (
-    DEVICE,
-    HOST,
-    BlockTable,
-    KVBlock,
-    KVBlockManager,
-    Placement,
-    Run,
-)
+from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.block_reader import BlockReader
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
 from hf_tiered_cache.kernels import checks, ops
@@ -51,22 +42,9 @@ STAGED_GROUPS = 2
 # that the rung above keeps room for new blocks.
 MAX_STORES = 8
 
-# Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
-# to more than noise.
-JOINS_PER_CORRECTION = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Consecutive columns of a table, ready for the kernels: all slots are of one tier."""
-
-    first: int  # column of slots[:, 0]
-    slots: torch.Tensor  # int32 [batch, columns]
-    rung: int = DEVICE
-
 
 class OffloadManager:
-    """Appends tokens, demotes the oldest blocks and streams cold ones back.
+    """Appends tokens and demotes the oldest blocks; `reader` brings cold ones back.
 
     `tiers` is the chain from the device down, all but the last in memory; blocks go down one rung
     at a time. `expected_tables` is the number of layers, where the model's config told it (0:
@@ -84,13 +62,11 @@ class OffloadManager:
         cpu_lane: CpuLane | None = None,
         group_columns: int = 1,
     ) -> None:
+        """split, cpu_lane, group_columns: see `BlockReader`."""
         device = tiers[DEVICE]
         memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
         assert isinstance(device, DeviceTier)
         assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
-        self.split = split
-        self.cpu_lane = cpu_lane
-        self.group_columns = group_columns
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
@@ -101,13 +77,14 @@ class OffloadManager:
         self._lower = tiers[DEVICE + 1 :]
         self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
         self._stream = BlockStream(tiers, 0, self.counters)  # grows with the first append
+        self._reader = BlockReader(
+            self.blocks, layout, memory, self._stream, self.counters, split, cpu_lane, group_columns
+        )
         self._expected_tables = expected_tables
         # Stores that nobody waited for yet, by rung, in order of their start.
         self._storing: list[dict[KVBlock, None]] = [{} for _ in tiers]
         self._abandoned: deque[BlockTable] = deque()
         self._is_sharing_device = False
-        self._num_joined = 0
-        self._lane_waits = [0.0, 0.0]  # of the copy lane and the CPU lane, at the last correction
         self._is_closed = False
 
     def share_device(self) -> None:
@@ -159,7 +136,7 @@ class OffloadManager:
 
     def _write(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         start = table.num_tokens
-        ops.append_tokens(keys, values, self._view(self.blocks.placement(table)), start)
+        ops.append_tokens(keys, values, self._reader.last_view(table), start)
         if self.blocks.advance(table, keys.shape[2]):
             self._store_ahead(self._num_layers * table.batch)
 
@@ -335,7 +312,7 @@ class OffloadManager:
         columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
         copies, pinned = self._fill_needs(table)
         needed = columns * table.batch + copies
-        staged_columns = STAGED_GROUPS * self.group_columns if self._lower else 0
+        staged_columns = STAGED_GROUPS * self._reader.group_columns if self._lower else 0
         least_staging = staged_columns * self.blocks.max_batch
         pinned = max(pinned, self._num_layers * table.batch)
         most = self.device_tier.used_slots + self.device_tier.num_free()
@@ -482,186 +459,16 @@ class OffloadManager:
         if slot is not None:
             self.tiers[rung].free(slot)
 
-    def stream(
-        self,
-        table: BlockTable,
-        scan: Sequence[BlockTable],
-        num_tokens: int | None = None,
-        beside: bool = False,
-    ) -> Iterator[Chunk]:
-        """The columns of a table (those of its first `num_tokens` tokens), in block order, chunk by
-        chunk, each where attention can read it while it is consumed: resident runs where they lie,
-        cold ones through staging, or in host memory where the device is the CPU.
-
-        `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
-        along it. `beside`: what `attend_beside` gave to the CPU lane is left out. Nothing may
-        move until the next chunk is asked for. Raises TierIOError when a
-        cold block cannot be loaded or is not what was stored, ClosedCacheError when the table was
-        dropped.
-        """
+    def reader(self, table: BlockTable) -> BlockReader:
+        """What reads the table's blocks; raises ClosedCacheError when the table was dropped, or its
+        cache is closed."""
         self._check_held(table)
-        num_blocks = table.num_blocks
-        if num_tokens is not None:
-            num_blocks = min(num_blocks, self.layout.num_blocks(num_tokens))
-        for run, is_in_place in self._runs(table, num_blocks, beside):
-            if run.is_resident:
-                self.counters.resident_reads += (run.last - run.first) * table.batch
-                yield Chunk(run.first, run.slots)
-            elif not is_in_place:
-                yield from self._stream_cold(table, run, scan, beside)
-            elif not beside:
-                self.counters.in_place_reads += (run.last - run.first) * table.batch
-                yield Chunk(run.first, run.slots, HOST)
+        return self._reader
 
-    def attend_beside(
-        self, table: BlockTable, query: torch.Tensor, arguments: dict[str, Any]
-    ) -> bool:
-        """Let the CPU lane attend its part of the table's host blocks where they lie; whether there
-        is any. If so, `stream` the rest with `beside`, then `cpu_lane.join` the states.
-
-        `arguments` as `ops.attend_blocks` takes them.
-        """
-        lane = self.cpu_lane
-        if lane is None or not lane.can_attend(query, self.layout.kv_heads, arguments):
-            return False
-        self._check_held(table)
-        num_blocks = min(table.num_blocks, self.layout.num_blocks(arguments["kv_tokens"]))
-        runs = [
-            run
-            for run, is_in_place in self._runs(table, num_blocks, beside=True)
-            if is_in_place and not run.is_resident
-        ]
-        if not runs:
-            return False
-        views = [self.view(Chunk(run.first, run.slots, HOST)) for run in runs]
-        attended = lane.begin(query, views, arguments)
-        host = self.tiers[HOST]
-        assert isinstance(host, HostLaneTier)
-        for run in runs:
-            self.counters.in_place_reads += run.slots.numel()
-            host.keep(run.slots.flatten().tolist(), attended)
-        return True
-
-    def join_beside(self, state: ops.RunningState) -> None:
-        """Fold what the CPU lane attended into the state of the rest. Now and then the lanes' parts
-        are set anew, as the device had to wait for them."""
-        assert self.cpu_lane is not None
-        self.cpu_lane.join(state)
-        self._num_joined += 1
-        if self._num_joined % JOINS_PER_CORRECTION == 0 and not self.split.is_fixed:
-            self._correct_split()
-
-    def _correct_split(self) -> None:
-        assert self.cpu_lane is not None and self.device_tier.lane is not None
-        lanes = (self.device_tier.lane, self.cpu_lane)
-        before, self._lane_waits = self._lane_waits, [lane.measure().wait_seconds for lane in lanes]
-        copy_wait, cpu_wait = (b - a for a, b in zip(before, self._lane_waits, strict=True))
-        if self.split.correct(copy_wait, cpu_wait):
-            self._stream.clear()  # some of what is staged may not be wanted any more
-
-    def _runs(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator[tuple[Run, bool]]:
-        """The first columns of a table as runs, and whether each is attended where it lies: what is
-        resident, and of each run in host memory the oldest part, as large as `split` says."""
-        placement = self.blocks.placement(table)
-        if self.group_columns > 1 and not beside:
-            yield from self._grouped_runs(placement, num_blocks)
-            return
-        shares_host = self.cpu_lane is None or beside
-        for run in placement.runs:
-            last = min(run.last, num_blocks)
-            if last <= run.first:
-                return
-            cut = run.first
-            if run.is_resident:
-                cut = last
-            elif run.rung == HOST < len(self._memory) and shares_host:
-                cut = min(last, run.first + round(self.split.cpu_share * (run.last - run.first)))
-            if cut > run.first:
-                yield run.part(run.first, cut), True
-            if cut < last:
-                yield run.part(cut, last), False
-
-    def _grouped_runs(self, placement: Placement, num_blocks: int) -> Iterator[tuple[Run, bool]]:
-        """The same with borders between groups of columns only: a group that is partly cold goes
-        through staging, and its resident blocks are attended where they lie all the same."""
-        group, done = self.group_columns, 0
-        for run in [run for run in placement.runs if run.is_resident]:
-            first = -(-run.first // group) * group
-            last = num_blocks if run.last >= num_blocks else run.last // group * group
-            if first < last:
-                if done < first:
-                    yield Run(done, first, None, placement.slots[:, done:first]), False
-                yield run.part(first, last), True
-                done = last
-        if done < num_blocks:
-            yield Run(done, num_blocks, None, placement.slots[:, done:num_blocks]), False
-
-    def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
-        """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
-        where there are cold blocks."""
-        self._check_held(table)
-        placement = self.blocks.placement(table)
-        if len(placement.runs) != 1 or not placement.runs[0].is_resident:
-            return None
-        columns = self.layout.num_blocks(num_tokens)
-        self.counters.resident_reads += columns * table.batch
-        view = self._view(placement)
-        return view if columns == table.num_blocks else self.view(Chunk(0, view.table[:, :columns]))
-
-    def slab(self, chunk: Chunk) -> torch.Tensor:
-        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._memory[chunk.rung].slab
-
-    def view(self, chunk: Chunk) -> ops.BlockView:
-        """A chunk of `stream` as the kernels take it."""
-        first_token = chunk.first * self.layout.block_tokens
-        return ops.BlockView(self.slab(chunk), chunk.slots, self.layout, first_token)
-
-    def _view(self, placement: Placement) -> ops.BlockView:
-        """The last run of a table, which is resident wherever something is appended."""
-        if placement.view is None:
-            run = placement.runs[-1]
-            assert run.is_resident
-            placement.view = self.view(Chunk(run.first, run.slots))
-        return placement.view
-
-    def _stream_cold(
-        self, table: BlockTable, run: Run, scan: Sequence[BlockTable], beside: bool
-    ) -> Iterator[Chunk]:
-        group = self.group_columns
-        columns = max(group, self._stream.chunk_blocks // table.batch // group * group)
-        for begin in range(run.first, run.last, columns):
-            end = min(begin + columns, run.last)
-            cold = [block for block in table.blocks(begin, end) if not block.is_resident]
-            staged = dict(zip(cold, self._stream.load(cold), strict=True))
-            slots = [
-                [staged[b] if (slot := b.slots[DEVICE]) is None else slot for b in row[begin:end]]
-                for row in table.rows
-            ]
-            self.counters.cold_reads += len(cold)
-            yield Chunk(begin, torch.tensor(slots, dtype=torch.int32))
-            self._stream.release(cold)
-            self._stream.prefetch(self._upcoming(table, end, scan, beside))
-
-    def _upcoming(
-        self, table: BlockTable, column: int, scan: Sequence[BlockTable], beside: bool
-    ) -> Iterator[KVBlock]:
-        """Blocks to be staged in the order the next reads will want them: the rest of this table,
-        the following layers, and round again (the next token) to where we are."""
-        yield from self._to_stage(table, column, table.num_blocks, beside)
-        here = next((i for i, other in enumerate(scan) if other is table), len(scan))
-        for other in [*scan[here + 1 :], *scan[:here]]:
-            yield from self._to_stage(other, 0, other.num_blocks, beside)
-        yield from self._to_stage(table, 0, column, beside)
-
-    def _to_stage(
-        self, table: BlockTable, first: int, last: int, beside: bool
-    ) -> Iterator[KVBlock]:
-        for run, is_in_place in self._runs(table, last, beside):
-            if not is_in_place:
-                for block in table.blocks(max(first, run.first), run.last):
-                    if not block.is_resident:
-                        yield block
+    @property
+    def split(self) -> LaneSplit:
+        """How host blocks are shared between the lanes."""
+        return self._reader.split
 
     @property
     def is_closed(self) -> bool:

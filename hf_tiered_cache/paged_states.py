@@ -152,8 +152,9 @@ class Snapshot:
             device=manager.device_tier.device,
         )
         with manager.lock:
-            for chunk in manager.stream(self.table, self.scan, self.num_tokens):
-                view = getattr(layout, part)(manager.slab(chunk))
+            reader = manager.reader(self.table)
+            for chunk in reader.stream(self.table, self.scan, self.num_tokens):
+                view = getattr(layout, part)(reader.slab(chunk))
                 first = chunk.first * layout.block_tokens
                 last = min(first + chunk.slots.shape[1] * layout.block_tokens, self.num_tokens)
                 # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side

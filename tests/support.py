@@ -121,10 +121,11 @@ def read_table(
     keys = torch.full((table.batch, layout.kv_heads, table.num_tokens, layout.key_dim), torch.nan)
     values = torch.full((*keys.shape[:3], layout.value_dim), torch.nan)
     next_column = 0
-    for chunk in manager.stream(table, scan or [table]):
-        slab = manager.slab(chunk)
+    reader = manager.reader(table)
+    for chunk in reader.stream(table, scan or [table]):
+        slab = reader.slab(chunk)
         assert chunk.first == next_column, "columns come in order, each once"
-        assert chunk.first % manager.group_columns == 0, "chunks begin with a group"
+        assert chunk.first % reader.group_columns == 0, "chunks begin with a group"
         for offset, slots in enumerate(chunk.slots.long().unbind(1)):
             first = (chunk.first + offset) * layout.block_tokens
             last = min(first + layout.block_tokens, table.num_tokens)

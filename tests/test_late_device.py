@@ -12,7 +12,7 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
-from hf_tiered_cache import devices, offload_manager
+from hf_tiered_cache import block_reader, devices
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.tiers import DiskTier, Transfer
@@ -130,7 +130,7 @@ def test_the_shares_follow_the_waits(make_cache, monkeypatch):
     """A device that waits for the CPU gives it less, and what was staged is given up."""
     model = tiny_model("Llama")
     expected, _ = run(model, DynamicCache())
-    monkeypatch.setattr(offload_manager, "JOINS_PER_CORRECTION", 2)
+    monkeypatch.setattr(block_reader, "JOINS_PER_CORRECTION", 2)
     with Late(has_cpu_lane=True) as late:
         waits = count()
         monkeypatch.setattr(late.flags, "wait_seconds", lambda: next(waits))

@@ -220,7 +220,8 @@ def test_a_group_that_is_partly_cold_comes_whole_and_loads_what_is_cold(tmp_path
     settle(manager)
     assert [block.is_resident for block in layer.table.rows[0]] == [False] * 5 + [True] * 6
     chunks = [
-        (chunk.first, chunk.slots.shape[1]) for chunk in manager.stream(layer.table, [layer.table])
+        (chunk.first, chunk.slots.shape[1])
+        for chunk in manager.reader(layer.table).stream(layer.table, [layer.table])
     ]
     assert chunks == [(0, 4), (4, 4), (8, 3)]
     assert manager.counters.cold_reads == 5
@@ -330,7 +331,7 @@ def test_a_host_copy_that_is_being_loaded_may_be_dropped():
     manager = late_manager(link, 2 + 4, 3, 1000, staging=2)
     layer = Shadowed.new(manager)
     layer.append(9 * BLOCK_TOKENS)
-    stream = manager.stream(layer.table, [layer.table])
+    stream = manager.reader(layer.table).stream(layer.table, [layer.table])
     for _ in range(4):
         next(stream)  # loads of the next cold blocks are under way
     stream.close()

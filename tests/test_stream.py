@@ -170,7 +170,7 @@ def records(shadow: Shadowed) -> list[int]:
 def test_loads_run_ahead_into_the_next_layers(tmp_path):
     shadows, disk = layers(tmp_path, num_layers=2, device_blocks=20, staging=3)
     scan = [shadow.table for shadow in shadows]
-    stream = shadows[0].manager.stream(scan[0], scan)
+    stream = shadows[0].manager.reader(scan[0]).stream(scan[0], scan)
     next(stream)
     assert disk.read_slots == records(shadows[0])[:1]
     next(stream)  # the first block was attended: all three slots are free for what comes next
@@ -198,7 +198,7 @@ def test_loads_run_ahead_across_the_token_boundary(tmp_path):
     first = records(shadows[0])
     assert disk.read_slots[-2:] == first  # the next token's first layer, before it was asked for
     num_reads = len(disk.read_slots)
-    stream = shadows[0].manager.stream(scan[0], scan)
+    stream = shadows[0].manager.reader(scan[0]).stream(scan[0], scan)
     next(stream)
     assert len(disk.read_slots) == num_reads
     stream.close()
@@ -207,7 +207,7 @@ def test_loads_run_ahead_across_the_token_boundary(tmp_path):
 def test_an_abandoned_stream_leaves_the_ring_usable(tmp_path):
     shadows, _ = layers(tmp_path, num_layers=2, device_blocks=12, staging=2)
     for shadow in [*shadows, *shadows]:
-        stream = shadow.manager.stream(shadow.table, [shadow.table])
+        stream = shadow.manager.reader(shadow.table).stream(shadow.table, [shadow.table])
         next(stream)
         stream.close()
         shadow.manager.check_integrity()

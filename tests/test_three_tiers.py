@@ -9,9 +9,9 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from transformers import DynamicCache
 
 from hf_tiered_cache import TieredCache, TieredCacheConfig
+from hf_tiered_cache.block_reader import BlockReader
 from hf_tiered_cache.config import Budgets
 from hf_tiered_cache.errors import ConfigError, OutOfBlocksError
-from hf_tiered_cache.offload_manager import OffloadManager
 
 BLOCK = 4096
 LEAST = SMALLEST[1]
@@ -153,13 +153,13 @@ def test_prompt_lookup_crops_across_rungs(make_cache):
 def test_the_oracle_would_notice_blocks_lost_on_the_host(make_cache, monkeypatch):
     model = tiny_model("Llama")
     expected, _ = run(model, DynamicCache())
-    whole = OffloadManager.stream
+    whole = BlockReader.stream
 
     def without_host(self, table, *arguments):
         on_host = {i for i, b in enumerate(table.rows[0]) if b.copy_below(-1) == 1}
         return iter([c for c in whole(self, table, *arguments) if c.first not in on_host])
 
-    monkeypatch.setattr(OffloadManager, "stream", without_host)
+    monkeypatch.setattr(BlockReader, "stream", without_host)
     tokens, _ = run(model, make_cache(model.config, LEAST, host_bytes=7 * BLOCK))
     assert not torch.equal(tokens, expected)
 

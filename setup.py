@@ -227,7 +227,8 @@ setup(
             include_dirs=["csrc"],
             extra_compile_args=COMMON_FLAGS,
             extra_link_args=["-pthread"],
-            depends=[str(path) for path in CPU_HEADERS],
+            # The units too, which are chosen later: what is named here is what an sdist holds.
+            depends=[str(path) for path in [*CPU_HEADERS, *sorted(Path("csrc/cpu").glob("*.cpp"))]],
             optional=True,
         ),
         Extension(

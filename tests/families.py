@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 import hf_tiered_cache
 from hf_tiered_cache import TieredCache
 from hf_tiered_cache.kernels import ops, reference
+from hf_tiered_cache.kernels.cores import CpuCore
 from hf_tiered_cache.paged_states import Snapshot
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "model_families.md"
@@ -513,7 +514,7 @@ def watching() -> Iterator[set[Way]]:
         return DENSE, asker(sys._getframe(2))
 
     with pytest.MonkeyPatch.context() as patch:
-        watch(ops, "_attend_compiled", by_kernel)
+        watch(CpuCore, "attend", by_kernel)
         watch(reference, "attend_blocks", by_chunks)
         watch(Snapshot, "materialize", made_dense)
         yield ways

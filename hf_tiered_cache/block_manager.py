@@ -85,11 +85,6 @@ class Run:
     def is_resident(self) -> bool:
         return self.rung == DEVICE
 
-    def part(self, first: int, last: int) -> "Run":
-        """Its columns [first, last)."""
-        slots = self.slots[:, first - self.first : last - self.first]
-        return Run(first, last, self.rung, slots)
-
 
 @dataclass
 class Placement:

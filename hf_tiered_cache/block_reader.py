@@ -7,7 +7,7 @@ attended in place: by the kernels themselves where the device is the CPU, else b
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,15 +98,16 @@ class BlockReader:
         num_blocks = table.num_blocks
         if num_tokens is not None:
             num_blocks = min(num_blocks, self._layout.num_blocks(num_tokens))
-        for run, is_in_place in self._runs(table, num_blocks, beside):
-            if run.is_resident:
-                self._counters.resident_reads += (run.last - run.first) * table.batch
-                yield Chunk(run.first, run.slots)
-            elif not is_in_place:
-                yield from self._stream_cold(table, run, scan, beside)
+        for part in self._parts(table, num_blocks, beside):
+            num_reads = (part.last - part.first) * table.batch
+            if part.run is None:
+                yield from self._stream_cold(table, part, scan, beside)
+            elif part.run.is_resident:
+                self._counters.resident_reads += num_reads
+                yield Chunk(part.first, part.slots)
             elif not beside:
-                self._counters.in_place_reads += (run.last - run.first) * table.batch
-                yield Chunk(run.first, run.slots, HOST)
+                self._counters.in_place_reads += num_reads
+                yield Chunk(part.first, part.slots, HOST)
 
     def attend_beside(
         self, table: BlockTable, query: torch.Tensor, arguments: dict[str, Any]
@@ -120,20 +121,20 @@ class BlockReader:
         if lane is None or not lane.can_attend(query, self._layout.kv_heads, arguments):
             return False
         num_blocks = min(table.num_blocks, self._layout.num_blocks(arguments["kv_tokens"]))
-        runs = [
-            run
-            for run, is_in_place in self._runs(table, num_blocks, beside=True)
-            if is_in_place and not run.is_resident
+        parts = [
+            part
+            for part in self._parts(table, num_blocks, beside=True)
+            if part.run is not None and not part.run.is_resident
         ]
-        if not runs:
+        if not parts:
             return False
-        views = [self.view(Chunk(run.first, run.slots, HOST)) for run in runs]
+        views = [self.view(Chunk(part.first, part.slots, HOST)) for part in parts]
         attended = lane.begin(query, views, arguments)
         host = self._memory[HOST]
         assert isinstance(host, HostLaneTier)
-        for run in runs:
-            self._counters.in_place_reads += run.slots.numel()
-            host.keep(run.slots.flatten().tolist(), attended)
+        for part in parts:
+            self._counters.in_place_reads += part.slots.numel()
+            host.keep(part.slots.flatten().tolist(), attended)
         return True
 
     def join_beside(self, state: ops.RunningState) -> None:
@@ -154,12 +155,12 @@ class BlockReader:
         if self.split.correct(copy_wait, cpu_wait):
             self._stream.clear()  # some of what is staged may not be wanted any more
 
-    def _runs(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator[tuple[Run, bool]]:
-        """The first columns of a table as runs, and whether each is attended where it lies: what is
-        resident, and of each run in host memory the oldest part, as large as `split` says."""
+    def _parts(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator["_Part"]:
+        """The first columns of a table, by how they come to attention: what is resident where it
+        lies, and so the oldest part of each run in host memory, as large as `split` says."""
         placement = self._blocks.placement(table)
         if self.group_columns > 1 and not beside:
-            yield from self._grouped_runs(placement, num_blocks)
+            yield from self._grouped_parts(placement, num_blocks)
             return
         shares_host = self._cpu_lane is None or beside
         for run in placement.runs:
@@ -172,11 +173,11 @@ class BlockReader:
             elif run.rung == HOST < len(self._memory) and shares_host:
                 cut = min(last, run.first + round(self.split.cpu_share * (run.last - run.first)))
             if cut > run.first:
-                yield run.part(run.first, cut), True
+                yield _Part(run.first, cut, run)
             if cut < last:
-                yield run.part(cut, last), False
+                yield _Part(cut, last, None)
 
-    def _grouped_runs(self, placement: Placement, num_blocks: int) -> Iterator[tuple[Run, bool]]:
+    def _grouped_parts(self, placement: Placement, num_blocks: int) -> Iterator["_Part"]:
         """The same with borders between groups of columns only: a group that is partly cold goes
         through staging, and its resident blocks are attended where they lie all the same."""
         group, done = self.group_columns, 0
@@ -185,11 +186,11 @@ class BlockReader:
             last = num_blocks if run.last >= num_blocks else run.last // group * group
             if first < last:
                 if done < first:
-                    yield Run(done, first, None, placement.slots[:, done:first]), False
-                yield run.part(first, last), True
+                    yield _Part(done, first, None)
+                yield _Part(first, last, run)
                 done = last
         if done < num_blocks:
-            yield Run(done, num_blocks, None, placement.slots[:, done:num_blocks]), False
+            yield _Part(done, num_blocks, None)
 
     def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
         """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
@@ -221,12 +222,12 @@ class BlockReader:
         return placement.view
 
     def _stream_cold(
-        self, table: BlockTable, run: Run, scan: Sequence[BlockTable], beside: bool
+        self, table: BlockTable, part: "_Part", scan: Sequence[BlockTable], beside: bool
     ) -> Iterator[Chunk]:
         group = self.group_columns
         columns = max(group, self._stream.chunk_blocks // table.batch // group * group)
-        for begin in range(run.first, run.last, columns):
-            end = min(begin + columns, run.last)
+        for begin in range(part.first, part.last, columns):
+            end = min(begin + columns, part.last)
             cold = [block for block in table.blocks(begin, end) if not block.is_resident]
             staged = dict(zip(cold, self._stream.load(cold), strict=True))
             slots = [
@@ -252,8 +253,23 @@ class BlockReader:
     def _to_stage(
         self, table: BlockTable, first: int, last: int, beside: bool
     ) -> Iterator[KVBlock]:
-        for run, is_in_place in self._runs(table, last, beside):
-            if not is_in_place:
-                for block in table.blocks(max(first, run.first), run.last):
+        for part in self._parts(table, last, beside):
+            if part.run is None and part.last > first:
+                for block in table.blocks(max(first, part.first), part.last):
                     if not block.is_resident:
                         yield block
+
+
+class _Part(NamedTuple):
+    """Columns [first, last) of a table: of a run that is attended where it lies, or (None) what
+    goes through staging."""
+
+    first: int
+    last: int
+    run: Run | None
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 [batch, last - first], on the run's rung."""
+        assert self.run is not None
+        return self.run.slots[:, self.first - self.run.first : self.last - self.run.first]

@@ -323,14 +323,6 @@ def test_a_column_with_one_cold_block_is_on_no_rung():
     assert first.slots.tolist() == [[0], [-1]]  # what is on the device can be read there
 
 
-def test_part_of_a_run_has_its_slots():
-    caller, table = filled(16, batch=2)
-    (run,) = caller.blocks.placement(table).runs
-    part = run.part(1, 3)
-    assert (part.first, part.last, part.rung) == (1, 3, DEVICE)
-    assert part.slots.tolist() == [row[1:3] for row in run.slots.tolist()]
-
-
 @pytest.mark.parametrize(
     ("breach", "message"),
     [

@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,9 +78,14 @@ class Run:
     first: int
     last: int
     rung: int | None
-    slots: (
-        torch.Tensor
-    )  # int32 [batch, last - first] on that rung; else device slots, -1 where cold
+    rows: list[list[KVBlock]] = field(repr=False)  # of the table
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int32 [batch, last - first] on that rung, else on the device (-1 where cold). Most runs
+        are never asked: what goes through staging gets other slots."""
+        rung = DEVICE if self.rung is None else self.rung
+        return _slots([row[self.first : self.last] for row in self.rows], rung)
 
     @property
     def is_resident(self) -> bool:
@@ -88,16 +94,21 @@ class Run:
 
 @dataclass
 class Placement:
-    """Where a table's blocks are now: device slots for the kernels, and runs for the streaming.
+    """Where a table's blocks are now.
 
     Does not change; `view` is for whoever shows the slots to the kernels to keep what it made.
     """
 
     version: int
-    slots: torch.Tensor  # int32 [batch, num_blocks], -1 where cold
+    rows: list[list[KVBlock]] = field(repr=False)  # of the table
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int32 [batch, num_blocks] on the device, -1 where cold."""
+        return _slots(self.rows, DEVICE)
 
 
 @dataclass(eq=False)
@@ -344,14 +355,14 @@ class KVBlockManager:
             is_writable = self._place(table, placement.version).is_writable
             if table.is_filling and placement.is_writable and not is_writable:
                 raise BlockStateError(f"layer {table.layer}: the filling blocks are not its own")
-            expected = _device_slots(table)
+            expected = _slots(table.rows, DEVICE).tolist()
             if placement.slots.tolist() != expected:
                 raise BlockStateError(f"placement {placement.slots.tolist()} is not {expected}")
             rungs = [run.rung for run in placement.runs for _ in range(run.first, run.last)]
             if rungs != _rungs(table):
                 raise BlockStateError(f"runs {rungs} are not those of {_rungs(table)}")
             for run in placement.runs:
-                again = _run(table, run.first, run.last, run.rung, placement.slots)
+                again = Run(run.first, run.last, run.rung, table.rows)
                 if not torch.equal(run.slots, again.slots):
                     raise BlockStateError(f"{run} has other slots than its blocks")
         for block, count in holders.items():
@@ -413,21 +424,19 @@ class KVBlockManager:
         return dropped
 
     def _place(self, table: BlockTable, version: int) -> Placement:
-        slots = torch.tensor(_device_slots(table), dtype=torch.int32)
-        slots = slots.view(table.batch, table.num_blocks)
         runs: list[Run] = []
         first = 0
         rungs = _rungs(table)
         for index in range(1, len(rungs) + 1):
             if index == len(rungs) or rungs[index] != rungs[first]:
-                runs.append(_run(table, first, index, rungs[first], slots))
+                runs.append(Run(first, index, rungs[first], table.rows))
                 first = index
         last_blocks = [row[-1] for row in table.rows if row]
         is_writable = all(
             block.ref_count == 1 and block.is_resident and not self.is_demotable(block)
             for block in last_blocks
         )
-        return Placement(version, slots, tuple(runs), is_writable)
+        return Placement(version, table.rows, tuple(runs), is_writable)
 
 
 def _rungs(table: BlockTable) -> list[int | None]:
@@ -436,21 +445,10 @@ def _rungs(table: BlockTable) -> list[int | None]:
     return [rung.pop() if len(rung) == 1 else None for rung in rungs]
 
 
-def _run(
-    table: BlockTable, first: int, last: int, rung: int | None, device_slots: torch.Tensor
-) -> Run:
-    if rung is None or rung == DEVICE:
-        return Run(first, last, rung, device_slots[:, first:last])
-    slots = [[block.slots[rung] for block in row[first:last]] for row in table.rows]
-    return Run(first, last, rung, torch.tensor(slots, dtype=torch.int32))
-
-
-def _device_slots(table: BlockTable) -> list[list[int]]:
-    """Device slots by row, -1 where cold."""
-    return [
-        [-1 if (slot := block.slots[DEVICE]) is None else slot for block in row]
-        for row in table.rows
-    ]
+def _slots(rows: list[list[KVBlock]], rung: int) -> torch.Tensor:
+    """int32 [rows, blocks]: slots on a rung, -1 where there is no copy."""
+    slots = [[-1 if (slot := block.slots[rung]) is None else slot for block in row] for row in rows]
+    return torch.tensor(slots, dtype=torch.int32).view(len(rows), len(rows[0]) if rows else 0)
 
 
 def _oldest(queue: _Queue) -> KVBlock | None:

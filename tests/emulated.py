@@ -66,11 +66,11 @@ def load(extension: Path) -> ModuleType:
 class EmulatedCore(CudaCore):
     """The core for tensors on the CPU, as if they were on a device."""
 
-    __slots__ = ("library",)
+    __slots__ = ("exports",)
 
     def __init__(self, extension: Path) -> None:
         super().__init__(PoisoningModule(load(extension)), place=lambda _: (0, STREAM))
-        self.library = ctypes.CDLL(str(extension))
+        self.exports = ctypes.CDLL(str(extension))
 
     def attend(self, query: Tensor, view: BlockView, *arguments: Any) -> None:
         view.check_slots()  # as the view does for blocks on a device
@@ -82,12 +82,12 @@ class EmulatedCore(CudaCore):
 
     def set_seed(self, seed: int) -> None:
         """Decide the order of threads from here on."""
-        self.library.emulation_set_seed(ctypes.c_uint64(seed))
+        self.exports.emulation_set_seed(ctypes.c_uint64(seed))
 
     def take_copies(self) -> tuple[int, int, int]:
         """(single copies, batches, pieces in batches) since the last call."""
         counts = (ctypes.c_int * 3)()
-        self.library.emulation_take_copies(counts)
+        self.exports.emulation_take_copies(counts)
         return counts[0], counts[1], counts[2]
 
 

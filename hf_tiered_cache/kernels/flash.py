@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
-from hf_tiered_cache.kernels.state import RunningState
+from hf_tiered_cache.kernels.state import RunningState, weight
 from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
@@ -259,12 +259,7 @@ def _fold(state: RunningState, part: slice, out: Tensor, lse: Tensor) -> None:
     lse = lse.to(state.max.dtype).masked_fill(lse == torch.inf, -torch.inf)
     acc, row_max, row_sum = state.acc[:, :, part], state.max[:, :, part], state.sum[:, :, part]
     new_max = torch.maximum(row_max, lse)
-    keep, add = _weight(row_max, new_max), _weight(lse, new_max)
+    keep, add = weight(row_max, new_max), weight(lse, new_max)
     acc.mul_(keep.unsqueeze(-1)).addcmul_(out, add.unsqueeze(-1))
     row_sum.mul_(keep).add_(add)
     row_max.copy_(new_max)
-
-
-def _weight(score: Tensor, maximum: Tensor) -> Tensor:
-    """exp(score - maximum), 0 where the score is -inf (also when the maximum is)."""
-    return (score - maximum).exp().masked_fill(score == -torch.inf, 0.0)

@@ -14,7 +14,7 @@ is computed in float64, everything else in float32. Arguments are checked in `op
 import torch
 from torch import Tensor
 
-from hf_tiered_cache.kernels.state import AttentionState, RunningState
+from hf_tiered_cache.kernels.state import AttentionState, RunningState, weight
 from hf_tiered_cache.kernels.view import BlockView
 
 SCORES_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time; queries are sliced to keep to it
@@ -109,8 +109,8 @@ def finish_attention(state: RunningState, out: Tensor, sinks: Tensor | None) -> 
         # A sink is one more score with value 0: it only enlarges the sum.
         sink = sinks.to(row_max.dtype)[None, :, None]
         new_max = torch.maximum(row_max, sink)
-        shrink = _weight(row_max, new_max)
-        row_sum = row_sum * shrink + _weight(sink.expand_as(row_max), new_max)
+        shrink = weight(row_max, new_max)
+        row_sum = row_sum * shrink + weight(sink.expand_as(row_max), new_max)
         acc = acc * shrink.unsqueeze(-1)
         row_max = new_max
     empty = row_sum == 0
@@ -122,7 +122,7 @@ def finish_attention(state: RunningState, out: Tensor, sinks: Tensor | None) -> 
 def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionState:
     """The state of attention over both sets of positions; float32."""
     lse = torch.logaddexp(a.lse.float(), b.lse.float())
-    weight_a, weight_b = _weight(a.lse.float(), lse), _weight(b.lse.float(), lse)
+    weight_a, weight_b = weight(a.lse.float(), lse), weight(b.lse.float(), lse)
     out = a.out.float() * weight_a.unsqueeze(-1) + b.out.float() * weight_b.unsqueeze(-1)
     return AttentionState(out, lse)
 
@@ -169,7 +169,7 @@ def _block_partial(
         scores = scores + bias
     scores = scores.masked_fill(~attended, -torch.inf)
     row_max = scores.amax(-1)
-    weights = _weight(scores, row_max.unsqueeze(-1))
+    weights = weight(scores, row_max.unsqueeze(-1))
     grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3)
     acc = (grouped @ values).unflatten(2, rows).flatten(1, 2)
     return acc, row_max, weights.sum(-1)
@@ -178,12 +178,7 @@ def _block_partial(
 def _fold(state: RunningState, part: slice, acc: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
     """Join a partial to the running state of the queries in `part`."""
     new_max = torch.maximum(state.max[:, :, part], row_max)
-    keep, add = _weight(state.max[:, :, part], new_max), _weight(row_max, new_max)
+    keep, add = weight(state.max[:, :, part], new_max), weight(row_max, new_max)
     state.acc[:, :, part] = state.acc[:, :, part] * keep[..., None] + acc * add[..., None]
     state.sum[:, :, part] = state.sum[:, :, part] * keep + row_sum * add
     state.max[:, :, part] = new_max
-
-
-def _weight(score: Tensor, maximum: Tensor) -> Tensor:
-    """exp(score - maximum), 0 where the score is -inf (also when the maximum is)."""
-    return torch.where(score == -torch.inf, 0.0, (score - maximum).exp())

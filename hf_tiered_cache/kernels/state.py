@@ -43,3 +43,8 @@ class RunningState:
             max=torch.full(rows, -torch.inf, dtype=dtype, device=query.device),
             sum=torch.zeros(rows, dtype=dtype, device=query.device),
         )
+
+
+def weight(score: Tensor, maximum: Tensor) -> Tensor:
+    """exp(score - maximum), 0 where the score is -inf (also when the maximum is)."""
+    return torch.where(score == -torch.inf, 0.0, (score - maximum).exp())

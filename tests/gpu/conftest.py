@@ -1,19 +1,15 @@
 """Tests over devices: on the CPU wherever that makes sense, on CUDA where there is one."""
 
 import os
-from dataclasses import fields
 
 import pytest
 import torch
-
-from hf_tiered_cache import TieredCacheConfig
 
 # cuBLAS promises the same bits on several streams only with a workspace of fixed size; it looks at
 # this once, before its first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 NO_CUDA = "no CUDA device"
-HAS_CPU_LANE = "cpu_share" in {field.name for field in fields(TieredCacheConfig)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,4 +37,4 @@ def gpu() -> torch.device:
 @pytest.fixture
 def copy_lane() -> dict[str, float]:
     """The knob that lets no block be attended by the CPU of a GPU: bits are promised then."""
-    return {"cpu_share": 0.0} if HAS_CPU_LANE else {}
+    return {"cpu_share": 0.0}

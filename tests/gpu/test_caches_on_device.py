@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from gpu.conftest import HAS_CPU_LANE
 from gpu.models import BLOCK_BYTES, PROMPT, generate, least_bytes, model_on, prompt_on
 from support import double_copy
 from test_generate_parity import FAMILIES, check_integrity
@@ -84,8 +83,6 @@ def test_logits_are_about_as_close_to_float64_as_those_of_sdpa(make_cache, devic
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0, "auto"])
 def test_the_cpu_may_attend_any_share_of_the_host_blocks(make_cache, device, share):
-    if not HAS_CPU_LANE:
-        pytest.skip("this version has no CPU lane")
     model, ids = model_on(device, "Llama"), prompt_on(device)
     expected, reference = generate(model, DynamicCache(), ids)
     least = least_bytes(make_cache, model, ids, **PLACES["host"], cpu_share=share)

@@ -103,22 +103,21 @@ class Budgets:
     disk_is_auto: bool
 
     @classmethod
-    def resolve(cls, config: TieredCacheConfig) -> "Budgets":
+    def resolve(cls, config: TieredCacheConfig, device_is_host: bool = False) -> "Budgets":
         """Measure what is free now; raises `ConfigError` if the folder, or the host's memory,
-        cannot hold that much."""
+        cannot hold that much. device_is_host: attention is computed in the host's memory, which
+        must then hold `device_bytes`; any other device says itself what it has."""
         directory = disk_directory(config.disk_dir)
         device, host, disk = config.device_bytes, config.host_bytes, config.disk_bytes
         free_memory = free_memory_bytes()
         if device == AUTO:
             device = int(free_memory * AUTO_DEVICE_SHARE)
+        elif device_is_host:
+            _check_memory("device_bytes", int(device), free_memory)
         if host == AUTO:
             host = int(free_memory * AUTO_HOST_SHARE)
-        elif int(host) > free_memory:
-            raise ConfigError(
-                f"host_bytes={host} ({format_bytes(int(host))}) is more than the "
-                f"{format_bytes(free_memory)} of memory free: lower host_bytes; what does not fit "
-                "goes to disk"
-            )
+        else:
+            _check_memory("host_bytes", int(host), free_memory)
         if disk != 0:
             free = free_disk_bytes(directory)
             if disk == AUTO:
@@ -137,6 +136,15 @@ class Budgets:
             device_is_auto=config.device_bytes == AUTO,
             host_is_auto=config.host_bytes == AUTO,
             disk_is_auto=config.disk_bytes == AUTO,
+        )
+
+
+def _check_memory(knob: str, num_bytes: int, free_bytes: int) -> None:
+    if num_bytes > free_bytes:
+        raise ConfigError(
+            f"{knob}={num_bytes} ({format_bytes(num_bytes)}) is more than the "
+            f"{format_bytes(free_bytes)} of memory free: lower {knob}; what does not fit goes to "
+            "disk"
         )
 
 

@@ -32,6 +32,11 @@ def check_supported(device: torch.device) -> None:
         )
 
 
+def has_accelerator() -> bool:
+    """Whether attention may be computed elsewhere than on the CPU."""
+    return torch.cuda.is_available()
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes of the device's memory that this process may still take."""
     if device.type == "cpu":

@@ -54,7 +54,7 @@ class ManagerPool:
 
     def __init__(self, config: TieredCacheConfig, expected_tables: int = 0) -> None:
         self.config = config
-        self.budgets = Budgets.resolve(config)
+        self.budgets = Budgets.resolve(config, device_is_host=not devices.has_accelerator())
         self._expected_tables = expected_tables
         self._host = Budget("host", self.budgets.host_bytes)
         self._disk = Budget("disk", self.budgets.disk_bytes)

@@ -116,6 +116,14 @@ def test_sizes_are_validated_where_they_are_given():
         TieredCache(ddp_cache_data=[])
 
 
+@pytest.mark.parametrize("knob", ["device_bytes", "host_bytes"])
+@pytest.mark.parametrize("size", ["500TiB", 2**52])
+def test_no_budget_is_larger_than_the_memory_it_is_taken_from(monkeypatch, tmp_path, knob, size):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=rf"{knob}=.* is more than the .* of memory free"):
+        TieredCache(disk_dir=tmp_path, **{knob: size})
+
+
 def test_tiers_is_all_knobs_at_once(tmp_path):
     tiers = TieredCacheConfig(
         device_bytes="1MiB", disk_bytes="2MiB", disk_dir=tmp_path, block_tokens=8

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from hf_tiered_cache import forwards
 from hf_tiered_cache.dense_attention import explicit_mask, textbook_attention
 from hf_tiered_cache.kernels import masks, ops
 from hf_tiered_cache.metrics import span
@@ -44,7 +45,9 @@ _originals: dict[str, AttentionFunction] = {}
 
 
 def enable() -> None:
-    """Let paged handles reach tiered attention; called by the first `TieredCache`. Idempotent."""
+    """Let paged handles reach tiered attention, and caches know how a forward ended; called by the
+    first `TieredCache`. Idempotent."""
+    forwards.watch()
     registry = AttentionInterface._global_mapping
     for name in WRAPPED_NAMES:
         if name in registry and name not in _originals:
@@ -53,7 +56,9 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Put transformers' own attention functions back; with them, caches go on densely."""
+    """Put transformers' own attention functions and calls back; with them, caches go on densely,
+    and a forward that fails outside the cache leaves in it what it brought."""
+    forwards.unwatch()
     for name, original in _originals.items():
         AttentionInterface.register(name, original)
     _originals.clear()

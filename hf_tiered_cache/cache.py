@@ -26,8 +26,6 @@ from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
     ConfigError,
-    OutOfBlocksError,
-    TierIOError,
     UnsupportedInputError,
 )
 from hf_tiered_cache.forward_guard import Admitted, ForwardGuard
@@ -35,6 +33,7 @@ from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
 from hf_tiered_cache.paged_states import Reader
+from hf_tiered_cache.savepoint import Savepoint
 
 
 class TieredCache(DynamicCache):
@@ -119,40 +118,20 @@ class TieredCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new tokens and return handles on all; see `TieredLayer.update`.
 
-        Each layer once per forward, in order. When a layer has no room for the tokens, those that
-        the layers before it took in the same forward are removed again.
+        Each layer once per forward, in order. When the forward fails, here or anywhere else, all
+        layers are put back to what they were before it.
         """
         if torch.compiler.is_compiling():
             return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
         layer_idx = self._check_layer(layer_idx)
-        with self._in_forward(layer_idx):
+        with self._in_forward(layer_idx, brings_tokens=True):
             layer = self._layer_with_tokens(layer_idx)
-            if not isinstance(layer, TieredLayer):
-                return layer.update(key_states, value_states, *args, **kwargs)
-            return self._update_tiered(layer, layer_idx, key_states, value_states)
+            if isinstance(layer, TieredLayer) and key_states.shape[-2] > 0:
+                self._check_order(layer_idx, layer.get_seq_length())
+            return layer.update(key_states, value_states, *args, **kwargs)
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
     _update_uncompiled = torch.compiler.disable(update)
-
-    def _update_tiered(
-        self, layer: TieredLayer, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        before, was_new = layer.get_seq_length(), not layer.is_initialized
-        if keys.shape[-2] > 0:
-            self._check_order(layer_idx, before)
-        try:
-            return layer.update(keys, values)
-        except (OutOfBlocksError, TierIOError):
-            num_tokens = keys.shape[2]
-            tiered = [one for one in self.layers[:layer_idx] if isinstance(one, TieredLayer)]
-            for earlier in tiered:
-                if earlier.get_seq_length() != before + num_tokens:
-                    continue
-                if was_new:
-                    earlier.drop_blocks()
-                else:
-                    TieredLayer.crop(earlier, -num_tokens)
-            raise
 
     def _check_layer(self, layer_idx: int) -> int:
         """`layer_idx` as an int; raises UnsupportedInputError for anything that is no index."""
@@ -276,9 +255,15 @@ class TieredCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by a layer; by default by the first one that holds any."""
+        self._guard.join(self._savepoint)
         if 0 < layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], DummyLayer):
             return 0  # it may still come to hold some: transformers would refuse
         return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys that `query_length` new tokens of a layer will attend."""
+        self._guard.join(self._savepoint)
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Nothing: loads run ahead of attention by themselves."""
@@ -347,13 +332,16 @@ class TieredCache(DynamicCache):
         with self._alone():
             super().reset()
 
-    def _in_forward(self, layer_idx: int) -> Admitted:
+    def _in_forward(self, layer_idx: int, brings_tokens: bool = False) -> Admitted:
         """While a forward is at this layer. Raises CacheInUseError."""
-        return self._guard.admit(self._last_layer, layer_idx)
+        return self._guard.admit(layer_idx, self._last_layer, self._savepoint, brings_tokens)
 
-    def _alone(self) -> Admitted:
-        """While all layers change at once. Raises CacheInUseError."""
-        return self._guard.admit(self._last_layer, None)
+    def _alone(self, changes: bool = True) -> Admitted:
+        """While all layers change, or are read, at once. Raises CacheInUseError."""
+        return self._guard.admit_alone(self._last_layer, changes)
+
+    def _savepoint(self) -> Savepoint:
+        return Savepoint(self.layers, self._owned)
 
     @property
     def is_compileable(self) -> bool:
@@ -367,6 +355,7 @@ class TieredCache(DynamicCache):
 
     def stats(self) -> CacheStats:
         """What lies where and what it cost so far: a frozen snapshot."""
+        self._guard.settle()
         pool = self._owned.pool
         tables = self._owned.tables
         first = tables[0] if tables else None
@@ -397,13 +386,14 @@ class TieredCache(DynamicCache):
         self.close()
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        self._guard.settle()
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         if self.is_closed:
             raise ClosedCacheError("this cache is closed: make a new TieredCache")
-        with self._alone():
+        with self._alone(changes=False):
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork
             for name, value in vars(self).items():

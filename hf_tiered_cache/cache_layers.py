@@ -6,6 +6,7 @@ everything seen; which tier holds what is the business of the rooms below.
 
 import copy
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -82,6 +83,12 @@ class TieredLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    ATTRIBUTES = frozenset(
+        [
+            *("_owned", "_layer_idx", "_manager", "_table", "_snapshots"),
+            *("is_initialized", "dtype", "device"),
+        ]
+    )
 
     def __init__(self, owned: OwnedTables, layer_idx: int) -> None:
         # Not calling super: it would set `keys` and `values`, which are views here.
@@ -177,8 +184,23 @@ class TieredLayer(CacheLayerMixin):
         """Forget everything; the next update may bring another batch."""
         self.drop_blocks()
 
-    def drop_blocks(self) -> None:
-        """Forget keys and values, and the shape they had."""
+    def saved(self) -> tuple[BlockTable | None, int]:
+        """What `restore` needs to come back here from whatever was appended later."""
+        return self._table, self.get_seq_length()
+
+    def restore(self, saved: tuple[BlockTable | None, int]) -> None:
+        """Take back what was appended since `saved()`. Repeatable."""
+        table, num_tokens = saved
+        if table is not self._table:
+            self.drop_blocks()  # then there was no table, or an empty one
+        elif self.get_seq_length() > num_tokens:
+            TieredLayer.crop(self, num_tokens - self.get_seq_length())
+
+    def drop_blocks(self, except_for: Collection[BlockTable | None] = ()) -> None:
+        """Forget keys and values, and the shape they had. except_for: tables that another layer
+        goes on with."""
+        if self._table in except_for:
+            return
         if self._table is not None and self._manager is not None:
             with self._manager.lock:
                 self._detach_snapshots()

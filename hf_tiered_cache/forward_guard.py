@@ -1,59 +1,177 @@
-"""`ForwardGuard`: two threads in one cache are told so, instead of mixing their tokens."""
+"""`ForwardGuard`: a cache takes part in one forward at a time, and in all of it or in nothing.
+
+Two threads in one cache are told so, instead of mixing their tokens. Before a forward changes
+anything a savepoint is taken; should the forward fail, in whatever layer and for whatever reason,
+it is restored as soon as the call of the model ends, at the latest when the cache is used next.
+"""
 
 import threading
-import weakref
 from collections.abc import Callable
+from typing import Protocol
 
-from hf_tiered_cache.errors import CacheInUseError
+from hf_tiered_cache import forwards
+from hf_tiered_cache.errors import CacheInUseError, OutOfBlocksError, TierIOError
+from hf_tiered_cache.forwards import Forward
+
+# What may have changed something when it was raised in a layer, besides interrupts: whatever else
+# is raised refuses what was given, and the forward may go on.
+FAILURES = (OutOfBlocksError, TierIOError, MemoryError)
+
+
+class Restorable(Protocol):
+    """A cache's state before a forward."""
+
+    def restore(self, forward: Forward) -> None:
+        """Undo what `forward` did since. Repeatable, should it be interrupted."""
 
 
 class ForwardGuard:
-    """Admits one thread at a time, and one at most from a forward's first layer to its last.
+    """Admits one thread at a time, and one at most from a forward's begin to its end.
 
     Threads may take turns: between two forwards any of them may come next. A thread that has ended
-    holds nothing. `has_seen_all`: a forward went through, so every layer there is has been seen.
+    holds nothing. `has_seen_all`: a forward that is not watched went through, so every layer there
+    is has been seen.
     """
 
-    __slots__ = ("has_seen_all", "_lock", "_thread_id", "_thread", "_last_seen")
+    __slots__ = ("has_seen_all", "_inside", "_lock", "_open")
 
     def __init__(self) -> None:
         self.has_seen_all = False
-        self._lock = threading.Lock()
-        self._thread_id = 0
-        self._thread: weakref.ref[threading.Thread] | None = None
-        self._last_seen: int | None = None  # layer of the forward under way
+        # The thread that is in, alone in this dict: `setdefault` is atomic, and a thread that an
+        # interrupt kept from leaving finds itself inside.
+        self._inside: dict[str, threading.Thread] = {}
+        self._lock = threading.RLock()  # settling; a thread may come upon another's ended forward
+        self._open: tuple[Forward, Restorable] | None = None
 
-    def admit(self, last_layer: Callable[[], int], layer: int | None) -> "Admitted":
-        """Let this thread in for the `with` block: to one layer of a forward, or to the whole cache
-        (None). Raises CacheInUseError while another thread is in, or has not come to the
-        `last_layer` of its forward."""
-        if not self._lock.acquire(blocking=False):
-            raise self._in_use()
-        if self._thread_id != threading.get_ident():
-            seen, other = self._last_seen, self._owner()
-            if seen is not None and seen < last_layer() and other and other.is_alive():
-                self._lock.release()
-                raise self._in_use()
-            self._thread_id = threading.get_ident()
-            self._thread = weakref.ref(threading.current_thread())
-        return Admitted(self, layer)
+    def join(self, take_savepoint: Callable[[], Restorable]) -> None:
+        """Let this cache take part in the watched forward of this thread, if there is one, unless
+        it does. For what only looks: a forward of another thread is not disturbed."""
+        forward = forwards.current()
+        if self._open is not None:
+            if self._open[0] is forward:
+                return
+            self.settle()
+        if forward is not None and self._open is None:
+            self._begin(forward, take_savepoint)
 
-    def leave(self, layer: int | None) -> None:
-        """The thread is out, after this layer of a forward; None: no forward is under way."""
-        if layer is not None and self._last_seen is not None and layer < self._last_seen:
-            self.has_seen_all = True
-        self._last_seen = layer
-        self._lock.release()
+    def admit(
+        self,
+        layer: int,
+        last_layer: Callable[[], int],
+        take_savepoint: Callable[[], Restorable],
+        brings_tokens: bool = False,
+    ) -> "Admitted":
+        """Let this thread in, for the `with` block, to one layer of a forward.
+
+        last_layer: where a forward that is not watched ends. brings_tokens: each layer does so once
+        in a forward. Raises CacheInUseError while another thread is in, or in a forward.
+        """
+        self._enter()
+        try:
+            forward = forwards.current()
+            if self._open is None or self._open[0] is not forward:
+                self._take_turn(last_layer)
+                if self._open is not None and self._ends_here(layer, forward, brings_tokens):
+                    self._open[0].end(is_good=True)
+                    self.settle()
+                if self._open is None:
+                    self._begin(forward or Forward(), take_savepoint)
+            if forward is None:
+                assert self._open is not None
+                self._open[0].last_layer = layer
+                if brings_tokens:
+                    self._open[0].last_tokens = layer
+        except BaseException:
+            self._inside.clear()
+            raise
+        return Admitted(self)
+
+    def admit_alone(self, last_layer: Callable[[], int], changes: bool = True) -> "Admitted":
+        """Let this thread in, for the `with` block, to the whole cache; `last_layer` as above.
+        changes: what was done before within a forward that is under way here stays."""
+        self._enter()
+        try:
+            if self._open is not None and self._open[0] is not forwards.current():
+                self._take_turn(last_layer)
+                if self._open is not None and not self._open[0].is_watched:
+                    self._open[0].end(is_good=True)
+                self.settle()
+            elif changes:
+                self._open = None
+        except BaseException:
+            self._inside.clear()
+            raise
+        return Admitted(self)
+
+    def settle(self) -> None:
+        """If the forward this cache took part in has ended: keep what it did, or undo it."""
+        if self._open is None:
+            return
+        with self._lock:
+            if self._open is None or self._open[0].is_running:
+                return
+            forward, savepoint = self._open
+            if not forward.is_good:
+                savepoint.restore(forward)
+            self._open = None
+
+    def leave(self, error: type[BaseException] | None = None) -> None:
+        """The thread is out, with an error or without one."""
+        try:
+            if error is not None and (
+                issubclass(error, FAILURES) or not issubclass(error, Exception)
+            ):
+                self.fail()
+        finally:
+            self._inside.clear()
+
+    def fail(self) -> None:
+        """Something failed in the cache. Where the forward is not watched that ends it."""
+        if self._open is not None and not self._open[0].is_watched:
+            self._open[0].end(is_good=False)
+            self.settle()
 
     def give_up(self) -> None:
-        """Forget a forward that nobody will finish."""
-        self._last_seen = None
+        """Forget a forward that is not watched and that nobody will finish."""
+        if self._open is not None and not self._open[0].is_watched:
+            self._open = None
+            self._inside.clear()
 
-    def _owner(self) -> threading.Thread | None:
-        return None if self._thread is None else self._thread()
+    def _begin(self, forward: Forward, take_savepoint: Callable[[], Restorable]) -> None:
+        forward.members.append(self)
+        self._open = (forward, take_savepoint())
 
-    def _in_use(self) -> CacheInUseError:
-        owner = self._owner()
+    def _enter(self) -> None:
+        me = threading.current_thread()
+        owner = self._inside.setdefault("thread", me)
+        if owner is not me:
+            if owner.is_alive():
+                raise self._in_use(owner)
+            self._inside["thread"] = me
+
+    def _take_turn(self, last_layer: Callable[[], int]) -> None:
+        """Settle what another thread left. Raises CacheInUseError if it is in a forward."""
+        if self._open is None:
+            return
+        forward = self._open[0]
+        owner = forward.thread
+        if forward.is_running and owner is not threading.current_thread():
+            is_under_way = forward.is_watched or forward.last_layer < last_layer()
+            if is_under_way and owner is not None and owner.is_alive():
+                raise self._in_use(owner)
+            forward.end(is_good=not forward.is_watched)
+        self.settle()
+
+    def _ends_here(self, layer: int, forward: Forward | None, brings_tokens: bool) -> bool:
+        """Whether the open forward, which is not watched, has ended when this layer comes."""
+        assert self._open is not None
+        known = self._open[0]
+        if layer < known.last_layer:
+            self.has_seen_all = True
+            return True
+        return forward is not None or (brings_tokens and layer <= known.last_tokens)
+
+    def _in_use(self, owner: threading.Thread | None) -> CacheInUseError:
         return CacheInUseError(
             f"thread {threading.current_thread().name!r} came to a cache in the middle of a "
             f"forward of thread {owner.name if owner else 'unknown'!r}: give each thread its own "
@@ -63,16 +181,15 @@ class ForwardGuard:
 
 
 class Admitted:
-    """A thread's stay. A layer that failed ends its forward."""
+    """A thread's stay."""
 
-    __slots__ = ("_guard", "_layer")
+    __slots__ = ("_guard",)
 
-    def __init__(self, guard: ForwardGuard, layer: int | None) -> None:
+    def __init__(self, guard: ForwardGuard) -> None:
         self._guard = guard
-        self._layer = layer
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        self._guard.leave(self._layer if error is None else None)
+        self._guard.leave(error)

@@ -16,7 +16,8 @@ ROOT = Path(hf_tiered_cache.__file__).parent
 FLOORS = {
     "errors": 0,
     "compat": 1,
-    "forward_guard": 1,
+    "forwards": 1,
+    "forward_guard": 2,
     "sizes": 1,
     "layout": 1,
     "lane_split": 1,
@@ -37,14 +38,18 @@ FLOORS = {
     "dense_attention": 9,
     "attention": 10,
     "cache_layers": 10,
-    "cache": 11,
-    "evaluation": 12,
-    "commands": 13,
-    "__main__": 14,
+    "savepoint": 11,
+    "cache": 12,
+    "evaluation": 13,
+    "commands": 14,
+    "__main__": 15,
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]
-HUGGING_FACE_ROOMS = {"cache", "cache_layers", "attention", "compat", "evaluation"}
+HUGGING_FACE_ROOMS = {
+    *("cache", "cache_layers", "savepoint", "attention", "forwards"),
+    *("compat", "evaluation"),
+}
 BUILT = {"_C", "_cuda"}  # compiled, not a room
 
 

@@ -432,10 +432,11 @@ def make_inputs(family: Family, prompt: str) -> dict[str, Any]:
 
 
 def generate(
-    name: str, past: DynamicCache, inputs: dict[str, Any], **how: Any
+    name: str, past: DynamicCache, inputs: dict[str, Any], model: Any = None, **how: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, logits of every new token) with `past` as the cache of the decoder."""
-    family, model = BY_NAME[name], tiny_model(name)
+    """(tokens, logits of every new token) with `past` as the cache of the decoder. model: another
+    one than the family's."""
+    family, model = BY_NAME[name], model or tiny_model(name)
     torch.manual_seed(11)
     # Not the method: Whisper's own takes no decoder prompt together with an assistant.
     out = GenerationMixin.generate(
@@ -610,6 +611,20 @@ def expect(name: str, mode_name: str) -> Expected:
 
 
 @cache
+def spread(name: str, mode_name: str) -> float:
+    """How far the logits of `DynamicCache` are from those in float64 at most, relative to the
+    largest; 0 where float64 leads to other tokens."""
+    mode, model = MODES[mode_name], copy.deepcopy(tiny_model(name)).double()
+    inputs = arguments(name, mode)
+    with attention_set(model, mode.implementation):
+        tokens, logits = generate(name, DynamicCache(config=model.config), model=model, **inputs)
+    known = expect(name, mode_name)
+    if not torch.equal(tokens, known.tokens):
+        return 0.0
+    return float((known.logits - logits).abs().max() / logits.abs().max())
+
+
+@cache
 def observe(name: str, mode_name: str) -> Observed:
     """What a small `TieredCache` says."""
     mode, model = MODES[mode_name], tiny_model(name)
@@ -668,7 +683,8 @@ Written by `python tests/families.py --write` from what it observed with transfo
 
 Every family is a tiny random model of transformers' own class. It generates with `DynamicCache`
 and with a `TieredCache` of {BLOCK_TOKENS}-token blocks, about half of which lie on disk: the tokens
-must be the same, and the logits within {TOLERANCE:g} of the largest.
+must be the same, and the logits within {TOLERANCE:g} of the largest; where `DynamicCache` itself
+is that far from float64, within three times its distance.
 
 Compared: {", ".join(MODES)}.
 

@@ -109,17 +109,17 @@ def failing_method(cache: TieredCache, layer: int, error: BaseException) -> Iter
 
 
 MOMENTS: dict[str, Callable[[Any, TieredCache, int, BaseException], Any]] = {
-    "before": lambda model, cache, layer, error: hooked(
+    "before": lambda model, _cache, layer, error: hooked(
         mixer(model, layer).register_forward_pre_hook, error
     ),
-    "inside": lambda model, cache, layer, error: failing_method(cache, layer, error),
-    "after": lambda model, cache, layer, error: hooked(
+    "inside": lambda _model, cache, layer, error: failing_method(cache, layer, error),
+    "after": lambda model, _cache, layer, error: hooked(
         mixer(model, layer).register_forward_hook, error
     ),
-    "head": lambda model, cache, layer, error: hooked(
+    "head": lambda model, _cache, _layer, error: hooked(
         model.get_output_embeddings().register_forward_hook, error
     ),
-    "end": lambda model, cache, layer, error: hooked(model.register_forward_hook, error),
+    "end": lambda model, _cache, _layer, error: hooked(model.register_forward_hook, error),
 }
 
 
@@ -286,7 +286,7 @@ def test_wherever_a_forward_fails_going_on_is_right_all_of_it(tmp_path, more):
 def test_without_the_watch_the_same_cases_go_wrong(tmp_path, monkeypatch):
     """The oracle would notice: a cache that keeps what a failed forward brought is WRONG."""
     end = forwards.Forward.end
-    monkeypatch.setattr(forwards.Forward, "end", lambda self, is_good: end(self, True))
+    monkeypatch.setattr(forwards.Forward, "end", lambda self, _: end(self, True))
     cases = [
         Case(family, stage, layer, "after", PlannedError, "again")
         for family, stage, layer in itertools.product(FAMILIES, STAGES, range(LAYERS))

@@ -28,7 +28,7 @@ from hf_tiered_cache.errors import (
     ConfigError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.forward_guard import Admitted, ForwardGuard
+from hf_tiered_cache.forward_guard import ForwardGuard
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
@@ -332,11 +332,11 @@ class TieredCache(DynamicCache):
         with self._alone():
             super().reset()
 
-    def _in_forward(self, layer_idx: int, brings_tokens: bool = False) -> Admitted:
+    def _in_forward(self, layer_idx: int, brings_tokens: bool = False) -> ForwardGuard:
         """While a forward is at this layer. Raises CacheInUseError."""
         return self._guard.admit(layer_idx, self._last_layer, self._savepoint, brings_tokens)
 
-    def _alone(self, changes: bool = True) -> Admitted:
+    def _alone(self, changes: bool = True) -> ForwardGuard:
         """While all layers change, or are read, at once. Raises CacheInUseError."""
         return self._guard.admit_alone(self._last_layer, changes)
 

@@ -37,9 +37,9 @@ class ForwardGuard:
 
     def __init__(self) -> None:
         self.has_seen_all = False
-        # The thread that is in, alone in this dict: `setdefault` is atomic, and a thread that an
-        # interrupt kept from leaving finds itself inside.
-        self._inside: dict[str, threading.Thread] = {}
+        # The number of the thread that is in, alone in this dict: `setdefault` is atomic, and a
+        # thread that an interrupt kept from leaving finds itself inside.
+        self._inside: dict[str, int] = {}
         self._lock = threading.RLock()  # settling; a thread may come upon another's ended forward
         self._open: tuple[Forward, Restorable] | None = None
 
@@ -60,7 +60,7 @@ class ForwardGuard:
         last_layer: Callable[[], int],
         take_savepoint: Callable[[], Restorable],
         brings_tokens: bool = False,
-    ) -> "Admitted":
+    ) -> "ForwardGuard":
         """Let this thread in, for the `with` block, to one layer of a forward.
 
         last_layer: where a forward that is not watched ends. brings_tokens: each layer does so once
@@ -84,9 +84,9 @@ class ForwardGuard:
         except BaseException:
             self._inside.clear()
             raise
-        return Admitted(self)
+        return self
 
-    def admit_alone(self, last_layer: Callable[[], int], changes: bool = True) -> "Admitted":
+    def admit_alone(self, last_layer: Callable[[], int], changes: bool = True) -> "ForwardGuard":
         """Let this thread in, for the `with` block, to the whole cache; `last_layer` as above.
         changes: what was done before within a forward that is under way here stays."""
         self._enter()
@@ -101,7 +101,7 @@ class ForwardGuard:
         except BaseException:
             self._inside.clear()
             raise
-        return Admitted(self)
+        return self
 
     def settle(self) -> None:
         """If the forward this cache took part in has ended: keep what it did, or undo it."""
@@ -115,8 +115,10 @@ class ForwardGuard:
                 savepoint.restore(forward)
             self._open = None
 
-    def leave(self, error: type[BaseException] | None = None) -> None:
-        """The thread is out, with an error or without one."""
+    def __enter__(self) -> None:
+        """The stay of a thread that was admitted."""
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         try:
             if error is not None and (
                 issubclass(error, FAILURES) or not issubclass(error, Exception)
@@ -142,11 +144,12 @@ class ForwardGuard:
         self._open = (forward, take_savepoint())
 
     def _enter(self) -> None:
-        me = threading.current_thread()
-        owner = self._inside.setdefault("thread", me)
-        if owner is not me:
-            if owner.is_alive():
-                raise self._in_use(owner)
+        me = threading.get_ident()
+        number = self._inside.setdefault("thread", me)
+        if number != me:
+            for owner in threading.enumerate():
+                if owner.ident == number:
+                    raise self._in_use(owner)
             self._inside["thread"] = me
 
     def _take_turn(self, last_layer: Callable[[], int]) -> None:
@@ -178,18 +181,3 @@ class ForwardGuard:
             "TieredCache (copy.deepcopy shares a prompt's blocks), or let them take turns; if that "
             "forward was given up, reset() the cache"
         )
-
-
-class Admitted:
-    """A thread's stay."""
-
-    __slots__ = ("_guard",)
-
-    def __init__(self, guard: ForwardGuard) -> None:
-        self._guard = guard
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        self._guard.leave(error)

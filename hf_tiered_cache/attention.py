@@ -115,6 +115,8 @@ def _attend(
         kwargs |= {name: given for name, given in known.items() if given is not None}
         return dense(module, query, _dense(key), _dense(value), attention_mask, **kwargs)
     snapshot: Snapshot = key.snapshot  # type: ignore[attr-defined]
+    out_dtype = _out_dtype(query)
+    query = query.to(key.dtype)
     causal = query.shape[2] > 1
     starts = mask = None
     bias = position_bias
@@ -142,7 +144,7 @@ def _attend(
         bias=bias,
         softcap=softcap,
         sinks=s_aux,
-    )
+    ).to(out_dtype)
     if query.requires_grad and torch.is_grad_enabled():
         out = RefuseBackward.apply(out, query)
     return out, None
@@ -275,7 +277,7 @@ def _can_stream(
         isinstance(key, PagedStates)
         and isinstance(value, PagedStates)
         and key.snapshot is value.snapshot
-        and query.dtype == key.dtype
+        and (query.dtype == key.dtype or _is_autocast(query))
         and not kwargs.get("output_attentions")
         and not (kwargs.get("dropout") and module.training)
         and (
@@ -293,6 +295,17 @@ def _can_stream(
             or (attention_mask is not None and attention_mask.dim() == 4)
         )
     )
+
+
+def _is_autocast(query: torch.Tensor) -> bool:
+    """Whether autocast decides in which dtype this query is attended: it leaves float64 alone."""
+    return torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
+
+
+def _out_dtype(query: torch.Tensor) -> torch.dtype:
+    """What torch's attention would return. Under autocast the blocks are attended in their own,
+    wider dtype, and only the result is rounded."""
+    return torch.get_autocast_dtype(query.device.type) if _is_autocast(query) else query.dtype
 
 
 def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -120,10 +120,11 @@ class TieredLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Choose the blocks' shape and device from the first tensors and open an empty table."""
         _check_states(key_states, value_states)
-        self._manager = self._owned.pool.manager(key_states, value_states)
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self._manager = self._owned.pool.manager(key_states, value_states, dtype)
         with self._manager.lock:
             self._table = self._manager.new_table(self._layer_idx, key_states.shape[0])
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = dtype, key_states.device
         self._owned.add(self._layer_idx, self._manager, self._table)
         self.is_initialized = True
 
@@ -131,6 +132,9 @@ class TieredLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens `[batch, kv_heads, tokens, head_dim]`; return handles on all.
+
+        Keys and values of several dtypes, as autocast brings them, are held in the one that all of
+        them can be promoted to, as by `torch.cat` in `DynamicLayer`.
 
         Raises, before anything changed: UnsupportedInputError for another shape, dtype or device
         than this layer holds, OutOfBlocksError when no tier has room, ClosedCacheError.
@@ -147,6 +151,10 @@ class TieredLayer(CacheLayerMixin):
         if table.num_tokens == 0 and not self._fits(key_states, value_states):
             self.drop_blocks()  # nothing is held: an empty layer takes any batch
             return self.update(key_states, value_states)
+        if not key_states.dtype == value_states.dtype == self.dtype:
+            key_states, value_states = self._in_one_dtype(key_states, value_states)
+            manager, table = self._manager, self._table
+            assert manager is not None and table is not None
         needs_grad = (
             key_states.requires_grad or value_states.requires_grad
         ) and torch.is_grad_enabled()
@@ -156,7 +164,7 @@ class TieredLayer(CacheLayerMixin):
             with manager.lock:
                 manager.append(table, key_states, value_states)
         except UnsupportedInputError as error:
-            raise self._misfit(table, key_states, value_states) from error
+            raise self._misfit(key_states, value_states) from error
         keys, values = self._handles(num_new_tokens=key_states.shape[2])
         if needs_grad:
             keys, values = keys.refuse_backward(), values.refuse_backward()
@@ -191,8 +199,8 @@ class TieredLayer(CacheLayerMixin):
     def restore(self, saved: tuple[BlockTable | None, int]) -> None:
         """Take back what was appended since `saved()`. Repeatable."""
         table, num_tokens = saved
-        if table is not self._table:
-            self.drop_blocks()  # then there was no table, or an empty one
+        if num_tokens == 0 and table is not self._table:
+            self.drop_blocks()  # there was no table, or another one for another batch
         elif self.get_seq_length() > num_tokens:
             TieredLayer.crop(self, num_tokens - self.get_seq_length())
 
@@ -282,26 +290,72 @@ class TieredLayer(CacheLayerMixin):
                 snapshot.detach()
         self._snapshots.clear()
 
+    def _in_one_dtype(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values in the dtype of this layer, which becomes a wider one if need be."""
+        table = self._table
+        assert table is not None
+        _check_states(key_states, value_states)
+        held = table.layout.dtype
+        new = torch.promote_types(key_states.dtype, value_states.dtype)
+        wider = torch.promote_types(new, held)
+        # Where autocast does not see to it, the queries would have another dtype than the keys.
+        is_too_narrow = wider == held != new
+        if is_too_narrow and not torch.is_autocast_enabled(key_states.device.type):
+            raise self._misfit(key_states, value_states)
+        if _shape(key_states, value_states) != self._shape or key_states.device != self.device:
+            raise self._misfit(key_states, value_states)
+        if wider != held:
+            self._widen(wider)
+        return key_states.to(wider), value_states.to(wider)
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Hold all tokens in a wider dtype from now on: without loss, and chunk by chunk."""
+        narrow, old, batch = self._manager, self._table, self._num_rows
+        assert narrow is not None and old is not None
+        snapshot = Snapshot(narrow, old, [old], self._owned.reader)
+        with narrow.lock:
+            keys, values = next(snapshot.chunks("keys", "values"))
+            wide = self._owned.pool.manager(keys, values, dtype)
+            with wide.lock:
+                table = wide.new_table(self._layer_idx, batch)
+                try:
+                    for keys, values in snapshot.chunks("keys", "values"):
+                        wide.append(table, keys.to(dtype), values.to(dtype))
+                except BaseException:
+                    wide.drop_table(table)
+                    raise
+            self._detach_snapshots()
+            self._owned.add(self._layer_idx, wide, table)
+            self._manager, self._table, self.dtype = wide, table, dtype
+            narrow.drop_table(old)
+
     def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         assert self._table is not None
         try:
-            checks.check_new_tokens(key_states, value_states, self._table.layout, self._table.batch)
+            dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+            keys, values = key_states.to(dtype), value_states.to(dtype)
+            checks.check_new_tokens(keys, values, self._table.layout, self._table.batch)
         except UnsupportedInputError:
             return False
         return key_states.device == self.device
 
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        assert self._table is not None
+        layout = self._table.layout
+        return self._table.batch, layout.kv_heads, layout.key_dim, layout.value_dim
+
     def _misfit(
-        self, table: BlockTable, key_states: torch.Tensor, value_states: torch.Tensor
+        self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> UnsupportedInputError:
         """What does not fit, in the words of a cache's user."""
         _check_states(key_states, value_states)
-        layout = table.layout
-        batch, kv_heads, _, key_dim = key_states.shape
-        expected = (table.batch, layout.kv_heads, layout.key_dim, layout.value_dim)
-        got = (batch, kv_heads, key_dim, value_states.shape[3])
+        got = _shape(key_states, value_states)
         return UnsupportedInputError(
             f"layer {self._layer_idx} holds (batch, kv_heads, key head_dim, value head_dim) = "
-            f"{expected} in {layout.dtype} on {self.device}, but got {got} in {key_states.dtype} "
+            f"{self._shape} in {self.dtype} on {self.device}, but got {got} in {key_states.dtype} "
             f"on {key_states.device}: use one cache per model and batch (batch_repeat_interleave "
             "or batch_select_indices change the batch, reset() empties the cache)"
         )
@@ -375,18 +429,23 @@ def rows_of(indices: Any, batch: int) -> list[int]:
     return rows.tolist()
 
 
+def _shape(key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[int, int, int, int]:
+    """(batch, kv_heads, key head_dim, value head_dim)"""
+    batch, kv_heads, _, key_dim = key_states.shape
+    return batch, kv_heads, key_dim, value_states.shape[3]
+
+
 def _check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     if (
         key_states.dim() != 4
         or value_states.dim() != 4
         or key_states.shape[:3] != value_states.shape[:3]
-        or key_states.dtype != value_states.dtype
         or key_states.device != value_states.device
-        or not key_states.is_floating_point()
+        or not (key_states.is_floating_point() and value_states.is_floating_point())
     ):
         raise UnsupportedInputError(
             f"keys {_describe(key_states)} and values {_describe(value_states)}: expected two "
-            "floating-point tensors [batch, kv_heads, tokens, head_dim] of one dtype and device"
+            "floating-point tensors [batch, kv_heads, tokens, head_dim] on one device"
         )
 
 

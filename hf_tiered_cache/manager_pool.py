@@ -75,8 +75,11 @@ class ManagerPool:
     def is_closed(self) -> bool:
         return self._num_owners == 0
 
-    def manager(self, keys: torch.Tensor, values: torch.Tensor) -> OffloadManager:
-        """The manager for blocks of such keys and values (`[batch, kv_heads, tokens, dim]`).
+    def manager(
+        self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+    ) -> OffloadManager:
+        """The manager for blocks of such keys and values (`[batch, kv_heads, tokens, dim]`), held
+        in `dtype`.
 
         Raises ClosedCacheError after close, ConfigError when a tier cannot be made.
         """
@@ -87,8 +90,8 @@ class ManagerPool:
             kv_heads=keys.shape[1],
             key_dim=keys.shape[3],
             value_dim=values.shape[3],
-            block_tokens=self.config.block_tokens or default_block_tokens(dims, keys.dtype),
-            dtype=keys.dtype,
+            block_tokens=self.config.block_tokens or default_block_tokens(dims, dtype),
+            dtype=dtype,
         )
         key = (layout, keys.device)
         if key not in self._managers:

@@ -8,7 +8,7 @@ still computes the truth.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,16 +151,24 @@ class Snapshot:
             dtype=layout.dtype,
             device=manager.device_tier.device,
         )
+        done = 0
         with manager.lock:
-            reader = manager.reader(self.table)
-            for chunk in reader.stream(self.table, self.scan, self.num_tokens):
-                view = getattr(layout, part)(reader.slab(chunk))
-                first = chunk.first * layout.block_tokens
-                last = min(first + chunk.slots.shape[1] * layout.block_tokens, self.num_tokens)
-                # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
-                tokens = view[chunk.slots.long()].transpose(1, 2).flatten(2, 3)
-                dense[:, :, first:last] = tokens[:, :, : last - first]
+            for (tokens,) in self.chunks(part):
+                dense[:, :, done : done + tokens.shape[2]] = tokens
+                done += tokens.shape[2]
         return dense
+
+    def chunks(self, *parts: str) -> Iterator[list[torch.Tensor]]:
+        """The tokens of "keys" or "values" or both, `[batch, kv_heads, some tokens, dim]`, in
+        order. The caller holds the manager's lock; a chunk is good until the next is asked for."""
+        layout, manager = self.layout, self.manager
+        reader = manager.reader(self.table)
+        for chunk in reader.stream(self.table, self.scan, self.num_tokens):
+            num_tokens = self.num_tokens - chunk.first * layout.block_tokens
+            slab, slots = reader.slab(chunk), chunk.slots.long()
+            # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
+            views = [getattr(layout, part)(slab)[slots].transpose(1, 2) for part in parts]
+            yield [view.flatten(2, 3)[:, :, :num_tokens] for view in views]
 
 
 class PagedStates(torch.Tensor):

@@ -103,7 +103,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Chunk by chunk where the blocks can answer, else `dense` on dense tensors."""
     if isinstance(key, PagedStates):
-        key.snapshot.check_reader(getattr(module, "config", None))
+        key.snapshot.check_reader(module)
     if not _can_stream(query, key, value, attention_mask, module, kwargs):
         known = {
             "scaling": scaling,

@@ -31,23 +31,40 @@ TOLD_ONCE = (
 
 
 class Reader:
-    """The model that attends a cache, known by the config object its layers share.
+    """The model that attends a cache, known by the attention module and the config of each layer.
 
-    Keys and values of one model mean nothing to another, even where their shapes agree.
+    Keys and values of one model mean nothing to another, even where their shapes agree. But a model
+    may be wrapped, cut or edited, and its layers may have configs of their own: another one is told
+    by both, in a layer where the module that attended before is still alive.
     """
 
-    __slots__ = ("_config",)
+    __slots__ = ("_config", "_layers")
 
     def __init__(self, other: "Reader | None" = None) -> None:
         self._config: weakref.ref[Any] | None = None if other is None else other._config
+        # (module, config) by number of the layer
+        self._layers: dict[int, tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+        if other is not None:
+            self._layers.update(other._layers)
 
-    def is_another(self, config: Any) -> bool:
-        """Whether a living model other than that of `config` attended before; else remember it."""
-        known = None if self._config is None else self._config()
-        if known is None:
+    def is_another(self, module: torch.nn.Module) -> bool:
+        """Whether a living model other than that of `module` attended before; else remember it."""
+        layer_idx: Any = getattr(module, "layer_idx", None)
+        if (known := self._layers.get(layer_idx)) is not None:
+            before = known[0]()
+            if before is module:
+                return False
+            config_before = known[1]()
+        else:
+            before = config_before = None
+        config = getattr(module, "config", None)
+        if before is not None and config_before is not None and config_before is not config:
+            return True
+        if layer_idx is not None and config is not None:
             with contextlib.suppress(TypeError):  # a config that cannot be referred to weakly
                 self._config = weakref.ref(config)
-        return known is not None and known is not config
+                self._layers[layer_idx] = weakref.ref(module), self._config
+        return False
 
     @property
     def num_layers(self) -> int:
@@ -126,10 +143,10 @@ class Snapshot:
             PagedStates(self, "values", (*shape, layout.value_dim)),
         )
 
-    def check_reader(self, config: Any) -> None:
+    def check_reader(self, module: torch.nn.Module) -> None:
         """Raise UnsupportedInputError if another model attended before, and take back the tokens
         that its update has just appended."""
-        if config is None or not self.reader.is_another(config):
+        if not self.reader.is_another(module):
             return
         with self.manager.lock:
             table = self.table
@@ -138,8 +155,8 @@ class Snapshot:
                 self.manager.truncate(table, self.num_tokens - self.num_new_tokens)
         raise UnsupportedInputError(
             f"this cache holds the keys and values of {self.reader!r}, but "
-            f"{describe_model(config)} attends it: use one TieredCache per model (reset() empties "
-            "a cache for another one)"
+            f"{describe_model(module.config)} attends it: use one TieredCache per model (reset() "
+            "empties a cache for another one)"
         )
 
     def materialize(self, part: str) -> torch.Tensor:

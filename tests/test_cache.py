@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from support import Footprint, new_tokens, placement
-from test_generate_parity import prompt, tiny_model
+from test_generate_parity import prompt, run, tiny_model
 from transformers import DynamicCache, LlamaConfig, LogitsProcessorList
 
 import hf_tiered_cache
@@ -317,6 +317,39 @@ def test_a_cache_belongs_to_the_model_that_attended_it_first(make_cache, impleme
             second(prompt()[:, :3], past_key_values=copy.deepcopy(cache))
         cache.reset()
         second(prompt(), past_key_values=cache)
+
+
+def own_configs(model: torch.nn.Module) -> None:
+    """Every layer with a config object of its own, as pruning and editing leave it."""
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.deepcopy(layer.self_attn.config)
+
+
+def wrapped(model: torch.nn.Module) -> None:
+    """Calls go through another module, as adapters do."""
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = torch.nn.Sequential(layer.self_attn.q_proj)
+
+
+def edited(model: torch.nn.Module) -> None:
+    """A layer made anew, with the same weights."""
+    layers = model.model.layers
+    layers[1] = copy.deepcopy(layers[1])
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+@pytest.mark.parametrize("change", [own_configs, wrapped, edited])
+def test_a_model_whose_parts_were_changed_is_the_same_model(make_cache, change, moment):
+    model = copy.deepcopy(tiny_model("Llama"))
+    expected, _ = run(model, DynamicCache())
+    cache = make_cache(model.config)
+    if moment == "before":
+        change(model)
+    with torch.no_grad():
+        model(prompt()[:, :9], past_key_values=cache)
+        if moment == "between":
+            change(model)
+    assert torch.equal(run(model, cache)[0], expected)
 
 
 def test_a_cache_outlives_the_model_that_filled_it(make_cache):

@@ -4,12 +4,22 @@ import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import families
 import pytest
 import torch
-from test_generate_parity import LAYERS, SMALLEST, check_integrity, run, tiny_model
-from transformers import DynamicCache
+from support import sharpen
+from test_generate_parity import (
+    LAYERS,
+    SIZES,
+    SMALLEST,
+    check_integrity,
+    prompt,
+    run,
+    tiny_model,
+)
+from transformers import DynamicCache, Gemma3nForCausalLM, Gemma3nTextConfig
 
 from hf_tiered_cache import CacheInUseError, TieredCache
 
@@ -208,6 +218,39 @@ def test_turns_of_a_chat_may_come_from_any_thread_also_with_linear_layers(
 
     expected = chat(DynamicCache(config=model.config), in_another_thread, in_another_thread)
     assert torch.equal(chat(cache, other_thread, lambda call: call()), expected)
+
+
+@cache
+def shared_states_model() -> Gemma3nForCausalLM:
+    """A model whose last two layers attend the keys and values of earlier ones."""
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        **{**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8},
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=None,
+    )
+    return sharpen(Gemma3nForCausalLM(config), factor=1.5)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_the_answer_may_come_from_another_thread_where_the_last_layers_keep_nothing(
+    make_cache, other_thread, has_config
+):
+    """The prompt's thread lives on, as that of an application does beside a streamer's."""
+    model = shared_states_model()
+    ids = prompt()
+    expected, _ = run(model, DynamicCache(config=model.config), ids)
+    past = make_cache(model.config if has_config else None, 24)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=past)
+    assert torch.equal(other_thread(lambda: run(model, past, ids))[0], expected)
+    check_integrity(past)
 
 
 def test_the_linear_states_of_a_forward_under_way_are_guarded_too(make_cache, other_thread):

@@ -17,8 +17,15 @@ import pytest
 import torch
 from test_generate_parity import check_integrity
 from tiers.faulty_file import FaultyFile, fails_with
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from hf_tiered_cache import TieredCache, TierIOError, forwards, manager_pool
+from hf_tiered_cache import TieredCache, TierIOError, disable, enable, forwards, manager_pool
 from hf_tiered_cache.tiers.disk import DiskTier
 
 # What keeps its past differently: full, windowed, linear, both in one layer, convolutions alone.
@@ -333,3 +340,101 @@ def test_a_load_that_fails_once_in_attention_is_as_if_it_had_not_been_tried(tmp_
             assert all(map(torch.equal, got, expected))
             check_integrity(cache)
     assert counts["failed"] > 5
+
+
+def test_a_draft_that_leaves_the_model_early_is_no_failure(tmp_path):
+    model = families.tiny_model("Llama")
+    ids = ids_of(Case("Llama", "prompt", 0, "end", PlannedError, "again"))[0]
+    how = {"max_new_tokens": 12, "do_sample": False, "assistant_early_exit": 1}
+    how["attention_mask"] = torch.ones_like(ids)
+    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **how)
+    case = Case("Llama", "prompt", 0, "end", PlannedError, "again")
+    with cache_for(case, model, tmp_path) as cache:
+        assert torch.equal(model.generate(ids, past_key_values=cache, **how), expected)
+        check_integrity(cache)
+
+
+@torch.no_grad()
+def test_a_model_of_which_only_a_part_runs_is_no_failure(tmp_path):
+    """What ended well stays, whichever layers it went through."""
+    model = copy.deepcopy(families.tiny_model("Llama"))
+    case = Case("Llama", "prompt", 0, "end", PlannedError, "again")
+    ids, dynamic = ids_of(case), DynamicCache(config=model.config)
+    with cache_for(case, model, tmp_path) as cache:
+        for number, num_layers in enumerate((3, 2, 1)):
+            model.config.num_hidden_layers = num_layers
+            got = model(ids[number], past_key_values=cache).logits
+            assert (got - model(ids[number], past_key_values=dynamic).logits).abs().max() < 2e-4
+        lengths = [layer.get_seq_length() for layer in dynamic.layers]
+        assert [layer.get_seq_length() for layer in cache.layers] == lengths
+        assert lengths[0] > lengths[1] > lengths[2]
+
+
+@pytest.mark.parametrize("cross_is_tiered", [False, True])
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("number", [0, 2])
+@torch.no_grad()
+def test_both_caches_of_an_encoder_decoder_model_go_back(tmp_path, cross_is_tiered, layer, number):
+    model = families.tiny_model("BART")
+    case = Case("BART", "prompt", layer, "after", PlannedError, "again")
+    ids = ids_of(case)
+    encoded = model.get_encoder()(ids[0])
+
+    def pair() -> EncoderDecoderCache:
+        cross = cache_for(case, model, tmp_path) if cross_is_tiered else DynamicCache()
+        return EncoderDecoderCache(cache_for(case, model, tmp_path), cross)
+
+    def decode(past: EncoderDecoderCache, step_ids: torch.Tensor) -> torch.Tensor:
+        how = {"decoder_input_ids": step_ids, "past_key_values": past}
+        return model(encoder_outputs=encoded, **how).logits
+
+    past, twin = pair(), pair()
+    decoder_layer = model.model.decoder.layers[layer]
+    for step_number, step_ids in enumerate(ids):
+        if step_number == number:
+            with (
+                hooked(decoder_layer.register_forward_hook, PlannedError()),
+                pytest.raises(PlannedError),
+            ):
+                decode(past, step_ids)
+        assert torch.equal(decode(past, step_ids), decode(twin, step_ids))
+    for one in (past, twin):
+        for cache in (one.self_attention_cache, one.cross_attention_cache):
+            if isinstance(cache, TieredCache):
+                check_integrity(cache)
+                cache.close()
+
+
+@torch.no_grad()
+def test_two_caches_that_take_part_in_one_forward_both_go_back(tmp_path):
+    """As where a model calls another one: the outermost call decides for both."""
+
+    class Pair(LlamaForCausalLM):
+        def forward(self, ids, past, fails=False):
+            logits = [self.inner(ids, past_key_values=one).logits for one in past]
+            if fails:
+                raise PlannedError
+            return logits
+
+    inner = families.tiny_model("Llama")
+    model = Pair(LlamaConfig(**families.SIZES))
+    model.inner = inner
+    case = Case("Llama", "prompt", 0, "end", PlannedError, "again")
+    ids = ids_of(case)
+    past = [cache_for(case, inner, tmp_path) for _ in range(2)]
+    twin = [cache_for(case, inner, tmp_path) for _ in range(2)]
+    for step_ids in ids:
+        with pytest.raises(PlannedError):
+            model(step_ids, past, fails=True)
+        assert all(map(torch.equal, model(step_ids, past), model(step_ids, twin)))
+    for one in (*past, *twin):
+        check_integrity(one)
+        one.close()
+
+
+def test_disabled_the_models_call_is_torchs_own_again():
+    enable()
+    assert "__call__" in vars(PreTrainedModel)
+    disable()
+    assert "__call__" not in vars(PreTrainedModel)
+    enable()

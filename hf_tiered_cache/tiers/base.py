@@ -4,6 +4,8 @@
     write     store blocks into slots; returns a Transfer
     read      load blocks from slots; returns a Transfer
     free      give a slot back
+    drain     wait until no transfer is under way
+    keep_only give back every slot but these
     close     give everything back
 
 A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers it, and the
@@ -14,7 +16,7 @@ import contextlib
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import ClassVar
 
@@ -206,6 +208,26 @@ class Tier(ABC):
         ready. Raises BlockStateError for a slot that is not allocated, comes twice, or has a
         transfer under way, and UnsupportedInputError for a tensor that does not fit, both before
         anything is written.
+        """
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Return when none of this tier's transfers is under way any more, done or failed.
+
+        One that an interrupted `read` or `write` left behind ends as well. TierIOError is never
+        raised.
+        """
+
+    @abstractmethod
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Give back every slot that was handed out and is not in `slots`; after `drain`.
+
+        This mends a tier whose caller was interrupted: slots that `allocate` handed out and nobody
+        noted are free again. A slot in `slots` that was freed (`free` was interrupted after it had
+        done its work) is handed out again, to the one who names it: in memory its bytes are as they
+        were, on disk reading it is a TierIOError until it is written. May be repeated, after an
+        interrupt as well. Raises BlockStateError, before anything changes, for a slot that was
+        never the tier's.
         """
 
     @abstractmethod

@@ -55,6 +55,12 @@ class DeviceTier(MemoryTier, name="device"):
         """Copy a block from one slot to another, in the device's own order."""
         self.slab[target].copy_(self.slab[source])
 
+    def drain(self) -> None:
+        """Wait until the lane copies nothing any more."""
+        super().drain()
+        if self.lane is not None:
+            self.lane.settle()
+
     def close(self) -> None:
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
         if self.lane is not None:

@@ -6,7 +6,7 @@ The checksums live in memory: the file outlives nothing, so nothing needs to be 
 import math
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -104,6 +104,16 @@ class DiskTier(Tier, name="disk"):
         self._check_usable()
         self._mover.settle()
         self._table.free(slot)
+
+    def drain(self) -> None:
+        """Wait until no transfer is under way; see `Tier.drain`."""
+        self._check_usable()
+        self._table.drain(self._mover.wait_settled)
+
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Give back every slot but these; see `Tier.keep_only`."""
+        self._check_usable()
+        self._table.keep_only(slots)
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
         """Load records; the transfer fails (TierIOError) unless every byte is what was stored."""

@@ -5,7 +5,7 @@ through a ring of pinned bounce slots: two transfers, one behind the other.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -54,6 +54,13 @@ class BounceRing:
         relay = Relay(began, lambda: second(bounced), lambda: self._free.extend(slots))
         self._relays.append(relay)
         return relay
+
+    def drain(self) -> None:
+        """Wait until nothing passes through any more; all slots are then free."""
+        while self._relays:
+            self._relays[0].outlast()
+            self._relays.popleft()
+        self._free = list(range(self.num_slots))
 
     @property
     def is_pinned(self) -> bool:
@@ -158,6 +165,17 @@ class LaneTier(Tier):
         for slot in slots:
             self._writers[slot] = transfer
         return transfer
+
+    def drain(self) -> None:
+        """Wait until no transfer is under way; see `Tier.drain`."""
+        self._ring.drain()
+        self._lane.settle()
+        self.tier.drain()
+
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Give back every slot but these; see `Tier.keep_only`."""
+        self._readers, self._writers = {}, {}  # they have ended
+        self.tier.keep_only(slots)
 
     def check_allocated(self, slots: Sequence[int]) -> None:
         """Raise BlockStateError unless every slot is allocated."""

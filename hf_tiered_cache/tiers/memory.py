@@ -7,7 +7,7 @@ physical.
 import contextlib
 import mmap
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -91,6 +91,17 @@ class MemoryTier(Tier):
         for stored, block in zip(self.blocks(slots), data, strict=True):
             stored.copy_(block)
         return DONE
+
+    def drain(self) -> None:
+        """Nothing to do: copies are done when `read` and `write` return."""
+        self._check_open()
+
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Give back every slot but these; see `Tier.keep_only`."""
+        slab = self.slab
+        for slot in self._pool.keep_only(slots):
+            if self.poison:
+                slab[slot].fill_(0xFF)
 
     @property
     def used_slots(self) -> int:

@@ -96,6 +96,25 @@ class RecordTable:
                 del self._records[slot]
                 self._pool.free(slot)
 
+    def drain(self, wait: Callable[[], None] | None = None) -> None:
+        """Return when no transfer is under way. wait: as in `allocate`."""
+        while True:
+            with self._changed:
+                if not any(record.num_transfers for record in self._records.values()):
+                    return
+                if wait is None:
+                    self._changed.wait()
+                    continue
+            wait()
+
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Let exactly `slots` be handed out; those that were not are FAILED. After `drain`."""
+        with self._changed:
+            kept = set(slots)
+            self._pool.keep_only(kept)
+            self._records = {slot: self._records.get(slot) or _adopted() for slot in kept}
+            self._num_retired = 0
+
     def begin_read(self, slots: Sequence[int]) -> None:
         """A transfer of the slots begins. Raises BlockStateError, and changes nothing."""
         with self._changed:
@@ -152,7 +171,7 @@ class RecordTable:
                     self._num_retired -= 1
                     del self._records[slot]
                     self._pool.free(slot)
-                    self._changed.notify_all()
+            self._changed.notify_all()
 
     def stop_waiting(self) -> None:
         """The tier closes: nobody waits in `wait_written` any longer."""
@@ -177,6 +196,13 @@ class RecordTable:
         if record.is_retired:
             raise BlockStateError(_bug(slot, "was freed"))
         return record
+
+
+def _adopted() -> Record:
+    """A record whose slot had been freed: nobody knows what is in the file."""
+    record = Record()
+    record.state, record.failure = RecordState.FAILED, "its slot had been given back"
+    return record
 
 
 def _bug(slot: int, what: str) -> str:

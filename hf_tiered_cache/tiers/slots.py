@@ -82,6 +82,21 @@ class SlotPool:
             self._used.remove(slot)
             heapq.heappush(self._free, slot)
 
+    def keep_only(self, slots: Iterable[int]) -> list[int]:
+        """Let exactly `slots` be handed out; those that were and are no more are returned.
+
+        Raises BlockStateError, and changes nothing, for a slot that was never committed.
+        """
+        with self._lock:
+            kept = set(slots)
+            for slot in kept:
+                if slot not in range(self._num_committed):
+                    self.check([slot])
+            surplus = sorted(self._used - kept)
+            self._used = kept
+            self._free = [slot for slot in range(self._num_committed) if slot not in kept]
+            return surplus
+
     def check(self, slots: Iterable[int]) -> None:
         """Raise BlockStateError unless every slot is handed out."""
         for slot in slots:

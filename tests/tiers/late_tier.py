@@ -137,6 +137,11 @@ class LateTier(HostTier):
 
         return self._start(set(slots), True, perform, LateTransfer(self.link))
 
+    def drain(self) -> None:
+        while any(move.tier is self for move in self.link.pending):
+            self.link.end_one()
+        super().drain()
+
     def close(self) -> None:
         ours = [move for move in self.link.pending if move.tier is self]
         self.link.pending = [move for move in self.link.pending if move.tier is not self]

@@ -1,5 +1,6 @@
 """What every tier promises, over the registry: a new tier needs one line in FACTORIES."""
 
+import contextlib
 import gc
 import weakref
 
@@ -14,6 +15,7 @@ from hf_tiered_cache.errors import (
     BlockStateError,
     ClosedCacheError,
     ConfigError,
+    TierIOError,
     UnsupportedInputError,
 )
 from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Tier
@@ -286,6 +288,8 @@ def test_nothing_works_after_close(make):
         lambda: tier.free(slot),
         lambda: tier.read([slot], block),
         lambda: tier.write([slot], block),
+        tier.drain,
+        lambda: tier.keep_only([slot]),
     ):
         with pytest.raises(ClosedCacheError):
             verb()
@@ -302,6 +306,62 @@ def test_a_dropped_tier_gives_its_budget_back(make, tmp_path, request):
     gc.collect()
     assert alive() is None
     assert budget.used_bytes == 0
+
+
+def test_drain_waits_for_every_transfer_also_for_those_that_nobody_holds(make):
+    tier = make(8)
+    slots = [tier.allocate() for _ in range(8)]
+    data, out = blocks(8), torch.zeros(8, BLOCK, dtype=torch.uint8)
+    tier.write(slots, list(data))
+    reads = [tier.read(slots, list(out)) for _ in range(3)]
+    tier.drain()
+    assert all(read.is_ready() for read in reads)
+    assert torch.equal(out, data)
+    tier.drain()
+    tier.write(slots, list(data))  # no slot has a transfer under way
+
+
+def test_keep_only_gives_back_all_other_slots(make):
+    tier = make(6)
+    slots = [tier.allocate() for _ in range(6)]
+    data = blocks(6)
+    tier.write(slots, list(data))
+    tier.free(slots[4])
+    tier.drain()
+    for _ in range(2):  # it may be repeated
+        tier.keep_only(iter([slots[1], slots[3]]))
+        assert (tier.used_slots, tier.num_free()) == (2, 4)
+        assert tier.committed_bytes == tier.budget.used_bytes == 6 * BLOCK
+    assert torch.equal(stored(tier, [1, 3]), data[[1, 3]])
+    with pytest.raises(BlockStateError):
+        tier.free(0)
+    assert [tier.allocate() for _ in range(5)] == [0, 2, 4, 5, None]
+
+
+def test_keep_only_hands_out_again_what_was_freed(make):
+    """An interrupted caller still names it. Its bytes are those, or poison, or refused."""
+    tier = make(3)
+    slots = [tier.allocate() for _ in range(3)]
+    data = blocks(3)
+    tier.write(slots, list(data)).wait()
+    tier.free(slots[1])
+    tier.drain()
+    tier.keep_only(slots)
+    assert (tier.used_slots, tier.num_free()) == (3, 0)
+    with contextlib.suppress(TierIOError):
+        found = stored(tier, [1])
+        assert torch.equal(found, data[[1]]) or bool((found == 0xFF).all())
+    tier.write([1], list(data[:1])).wait()
+    assert torch.equal(stored(tier, slots), data[[0, 0, 2]])
+
+
+def test_keep_only_refuses_a_slot_that_was_never_the_tier_s_and_changes_nothing(make):
+    tier = make(3)
+    slots = [tier.allocate() for _ in range(2)]
+    for unknown in (99, -1):
+        with pytest.raises(BlockStateError, match=f"slot {unknown} was never allocated"):
+            tier.keep_only([slots[0], unknown])
+        assert (tier.used_slots, tier.num_free()) == (2, 1)
 
 
 @pytest.mark.parametrize("block_bytes", [0, -4096, 100, 4097])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hf_tiered_cache.errors import BlockStateError
+from hf_tiered_cache.errors import BlockStateError, TieredCacheError, TierIOError
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers.base import DONE, Transfer
 
@@ -66,6 +66,15 @@ class KVBlock:
                 return lower
         return None
 
+    def settle_stores(self) -> None:
+        """Give up the copies whose store failed; all have ended."""
+        for rung, store in enumerate(self.stores):
+            try:
+                store.wait()
+            except TierIOError:
+                self.slots[rung] = None
+            self.stores[rung] = DONE
+
     def __repr__(self) -> str:
         return f"KVBlock(layer={self.layer}, index={self.index}, slots={self.slots})"
 
@@ -111,6 +120,34 @@ class Placement:
         return _slots(self.rows, DEVICE)
 
 
+class Changing:
+    """While books are being changed, the `with` block; and whether the last change went through.
+
+    What this package raises on purpose leaves the books in order. Anything else (Ctrl-C, which may
+    come between any two lines, memory that ran out) leaves them torn, to be mended before they are
+    read or changed again. The flag is set before the first change and taken back behind the last,
+    so it needs no handler that could itself be interrupted. Blocks do not nest.
+    """
+
+    __slots__ = ("_is_under_way", "has_lost_a_table")
+
+    def __init__(self) -> None:
+        self._is_under_way = False
+        self.has_lost_a_table = False  # one died with its blocks: an interrupt swallowed its drop
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether the books are torn; for whoever changes nothing just now."""
+        return self._is_under_way or self.has_lost_a_table
+
+    def __enter__(self) -> None:
+        self._is_under_way = True
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        if error is None or issubclass(error, TieredCacheError):
+            self._is_under_way = False
+
+
 @dataclass(eq=False)
 class BlockTable:
     """The blocks of one layer: `rows[row][index]`, `num_tokens` tokens in every row."""
@@ -118,8 +155,13 @@ class BlockTable:
     layer: int
     layout: BlockLayout
     rows: list[list[KVBlock]]
+    changing: Changing = field(repr=False)
     num_tokens: int = 0
     placement: Placement | None = field(default=None, repr=False)
+
+    def __del__(self) -> None:
+        if self.rows:
+            self.changing.has_lost_a_table = True
 
     @property
     def batch(self) -> int:
@@ -155,6 +197,7 @@ class KVBlockManager:
 
     def __init__(self, num_tiers: int) -> None:
         self.num_tiers = num_tiers
+        self.changing = Changing()
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._versions: dict[int, int] = {}
         num_queues = max(1, num_tiers - 1)
@@ -164,7 +207,7 @@ class KVBlockManager:
 
     def new_table(self, layer: int, layout: BlockLayout, batch: int) -> BlockTable:
         """An empty table of `batch` rows."""
-        table = BlockTable(layer, layout, [[] for _ in range(batch)])
+        table = BlockTable(layer, layout, [[] for _ in range(batch)], self.changing)
         self._tables.add(table)
         for queues in (*self._dirty, *self._clean):
             queues.setdefault(layer, OrderedDict())
@@ -235,12 +278,12 @@ class KVBlockManager:
         """Keep the first `num_tokens` tokens of every row; return the blocks nobody holds now."""
         if not 0 <= num_tokens <= table.num_tokens:
             raise BlockStateError(f"truncate {table.num_tokens} tokens to {num_tokens}")
+        table.num_tokens = num_tokens  # first: whoever mends what was interrupted goes by it
         keep = table.layout.num_blocks(num_tokens)
         dropped: list[KVBlock] = []
         for row in table.rows:
             dropped += self._release(row[keep:])
             del row[keep:]
-        table.num_tokens = num_tokens
         self._touch(table.layer)
         return dropped
 
@@ -265,9 +308,8 @@ class KVBlockManager:
         for row in table.rows:
             for block in row:
                 block.ref_count += 1
-        copy = BlockTable(
-            table.layer, table.layout, [list(row) for row in table.rows], table.num_tokens
-        )
+        rows = [list(row) for row in table.rows]
+        copy = BlockTable(table.layer, table.layout, rows, self.changing, table.num_tokens)
         self._tables.add(copy)
         self._touch(table.layer)
         return copy
@@ -278,6 +320,36 @@ class KVBlockManager:
         table.rows, table.num_tokens, table.placement = [], 0, None
         self._tables.discard(table)
         return dropped
+
+    def mend(self) -> list[KVBlock]:
+        """Make good what an interrupt left half done, once no transfer is under way: of every table
+        the rows and their number of tokens count, everything else follows from them.
+
+        Tables that died hold nothing. Columns without tokens are cut, copies whose store failed are
+        given up, holders are counted and queues built anew. Returns the blocks that are held.
+        """
+        self.changing.has_lost_a_table = False
+        held: dict[KVBlock, int] = {}
+        full: set[KVBlock] = set()
+        for table in self.tables:
+            for row in table.rows:
+                del row[table.layout.num_blocks(table.num_tokens) :]
+                for block in row:
+                    held[block] = held.get(block, 0) + 1
+                full.update(row[: table.num_tokens // table.layout.block_tokens])
+            table.placement = None
+        for queues in (*self._dirty, *self._clean):
+            for queue in queues.values():
+                queue.clear()
+        for block in sorted(held, key=lambda block: block.index):
+            block.ref_count = held[block]
+            block.settle_stores()
+            for rung in range(len(self._dirty)):
+                # One that fills is demoted only if it was full before, and was stored then.
+                may_leave = rung > DEVICE or block in full or block.is_stored
+                if block.slots[rung] is not None and may_leave:
+                    self._queue(block, rung)
+        return list(held)
 
     def placement(self, table: BlockTable) -> Placement:
         """Where the table's blocks are now; rebuilt only after something of its layer moved."""

@@ -129,12 +129,13 @@ class BlockReader:
         if not parts:
             return False
         views = [self.view(Chunk(part.first, part.slots, HOST)) for part in parts]
-        attended = lane.begin(query, views, arguments)
         host = self._memory[HOST]
         assert isinstance(host, HostLaneTier)
-        for part in parts:
-            self._counters.in_place_reads += part.slots.numel()
-            host.keep(part.slots.flatten().tolist(), attended)
+        with self._blocks.changing:
+            attended = lane.begin(query, views, arguments)
+            for part in parts:
+                self._counters.in_place_reads += part.slots.numel()
+                host.keep(part.slots.flatten().tolist(), attended)
         return True
 
     def join_beside(self, state: ops.RunningState) -> None:
@@ -153,7 +154,8 @@ class BlockReader:
         before, self._lane_waits = self._lane_waits, [lane.measure().wait_seconds for lane in lanes]
         copy_wait, cpu_wait = (b - a for a, b in zip(before, self._lane_waits, strict=True))
         if self.split.correct(copy_wait, cpu_wait):
-            self._stream.clear()  # some of what is staged may not be wanted any more
+            with self._blocks.changing:
+                self._stream.clear()  # some of what is staged may not be wanted any more
 
     def _parts(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator["_Part"]:
         """The first columns of a table, by how they come to attention: what is resident where it
@@ -229,15 +231,17 @@ class BlockReader:
         for begin in range(part.first, part.last, columns):
             end = min(begin + columns, part.last)
             cold = [block for block in table.blocks(begin, end) if not block.is_resident]
-            staged = dict(zip(cold, self._stream.load(cold), strict=True))
+            with self._blocks.changing:
+                staged = dict(zip(cold, self._stream.load(cold), strict=True))
             slots = [
                 [staged[b] if (slot := b.slots[DEVICE]) is None else slot for b in row[begin:end]]
                 for row in table.rows
             ]
             self._counters.cold_reads += len(cold)
             yield Chunk(begin, torch.tensor(slots, dtype=torch.int32))
-            self._stream.release(cold)
-            self._stream.prefetch(self._upcoming(table, end, scan, beside))
+            with self._blocks.changing:
+                self._stream.release(cold)
+                self._stream.prefetch(self._upcoming(table, end, scan, beside))
 
     def _upcoming(
         self, table: BlockTable, column: int, scan: Sequence[BlockTable], beside: bool

@@ -266,7 +266,7 @@ class TieredLayer(CacheLayerMixin):
         layer = TieredLayer(owned, self._layer_idx)
         if self._table is not None and self._manager is not None:
             with self._manager.lock:
-                layer._table = self._manager.blocks.fork(self._table)
+                layer._table = self._manager.fork(self._table)
             layer._manager = self._manager
             layer.dtype, layer.device = self.dtype, self.device
             layer.is_initialized = True

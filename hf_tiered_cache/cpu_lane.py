@@ -125,15 +125,16 @@ class CpuLane:
         """Start on the views, in their order; `arguments` as `ops.attend_blocks` takes them. The
         transfer ends when the blocks are no longer read."""
         if self._posted is not None:  # a step that failed has not joined its state
-            self._under_way[-1].outlast()
+            self._flags.raise_flag(self._addresses[0], self._number)  # it may not have come to it
+            self._settle()
         self._reap()
         layout = views[0].layout
         posted = self._post(query)
         state = self._new_state(query, layout.value_dim)
         number = (self._number + 1) % 2**32
+        self._number, self._posted = number, state
         job = self._worker.submit(posted, views, state, self._addresses, number, **arguments)
         self._flags.raise_flag(self._addresses[0], number)
-        self._number, self._posted = number, state
         transfer = AttendedTransfer(self._worker, job, views, posted, state)
         self._under_way.append(transfer)
         num_blocks = sum(view.table.numel() for view in views)

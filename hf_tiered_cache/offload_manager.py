@@ -91,13 +91,22 @@ class OffloadManager:
         """Another manager draws on the same device budget from now on: what staging may need is
         taken at once, for a promise would only bind this manager."""
         with self.lock:
+            self._tidy()
             self._is_sharing_device = True
-            self._stream.claim()
+            with self.blocks.changing:
+                self._stream.claim()
 
     def new_table(self, layer: int, batch: int) -> BlockTable:
         """An empty table for a layer of `batch` sequences."""
         self._check_open()
+        self._tidy()
         return self.blocks.new_table(layer, self.layout, batch)
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second table over the same blocks; neither notices what is written to the other."""
+        self._check_held(table)
+        with self.blocks.changing:
+            return self.blocks.fork(table)
 
     def append(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens behind the last ones of every row; older blocks are demoted to make room.
@@ -113,26 +122,31 @@ class OffloadManager:
             return
         room = table.num_blocks * self.layout.block_tokens - start
         must_own = room > 0 and not self.blocks.placement(table).is_writable
+        if num_tokens < room and not must_own:  # in decode nearly always: one number changes
+            self._write(table, keys, values)
+            return
         if must_own or num_tokens > room:
             checks.check_new_tokens(keys, values, self.layout, table.batch)
-            self._check_capacity(table, num_tokens)
-        done = 0
-        try:
-            if must_own:
-                self._own_last_blocks(table)
-            while done < num_tokens:
-                if room == 0:
-                    room = self._add_columns(table, num_tokens - done)
-                count = min(num_tokens - done, room)
-                if count == num_tokens:  # in decode nearly always; slicing costs as much as writing
-                    self._write(table, keys, values)
-                else:
-                    part = slice(done, done + count)
-                    self._write(table, keys[:, :, part], values[:, :, part])
-                done, room = done + count, 0
-        except BaseException:
-            self.truncate(table, start)
-            raise
+        with self.blocks.changing:
+            if must_own or num_tokens > room:
+                self._check_capacity(table, num_tokens)
+            done = 0
+            try:
+                if must_own:
+                    self._own_last_blocks(table)
+                while done < num_tokens:
+                    if room == 0:
+                        room = self._add_columns(table, num_tokens - done)
+                    count = min(num_tokens - done, room)
+                    if count == num_tokens:  # slicing costs as much as writing
+                        self._write(table, keys, values)
+                    else:
+                        part = slice(done, done + count)
+                        self._write(table, keys[:, :, part], values[:, :, part])
+                    done, room = done + count, 0
+            except BaseException:
+                self._drop(self.blocks.truncate(table, start))
+                raise
 
     def _write(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         start = table.num_tokens
@@ -416,28 +430,55 @@ class OffloadManager:
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens of every row."""
-        self._collect_abandoned()
-        self._drop(self.blocks.truncate(table, num_tokens))
+        self._tidy()
+        with self.blocks.changing:
+            self._drop(self.blocks.truncate(table, num_tokens))
 
     def select_rows(self, table: BlockTable, rows: Sequence[int]) -> None:
         """Make row `i` what row `rows[i]` was; blocks are shared, not copied."""
-        self._collect_abandoned()
-        self._drop(self.blocks.select_rows(table, rows))
+        self._tidy()
+        with self.blocks.changing:
+            self._drop(self.blocks.select_rows(table, rows))
 
     def drop_table(self, table: BlockTable) -> None:
         """Free everything only this table held; harmless after close."""
-        dropped = self.blocks.drop_table(table)
-        if not self._is_closed:
-            self._drop(dropped)
+        self._tidy()
+        self._drop_table(table)
 
     def abandon_table(self, table: BlockTable) -> None:
         """Drop a table before the next change or read. For finalizers: they run in any thread and
         in the middle of anything, so here nothing is touched and no lock is taken."""
         self._abandoned.append(table)
 
-    def _collect_abandoned(self) -> None:
+    def _drop_table(self, table: BlockTable) -> None:
+        with self.blocks.changing:
+            dropped = self.blocks.drop_table(table)
+            if not self._is_closed:
+                self._drop(dropped)
+
+    def _tidy(self) -> None:
+        """What must be done before the books are read or changed."""
+        if self.blocks.changing.was_interrupted and not self._is_closed:
+            self._mend()
         while self._abandoned:
-            self.drop_table(self._abandoned.popleft())
+            self._drop_table(self._abandoned.popleft())
+
+    def _mend(self) -> None:
+        """Make good what an interrupt left half done: slots that no block is in are given back, and
+        staging begins anew. Repeatable, should it be interrupted."""
+        with self.blocks.changing:
+            for tier in self.tiers:
+                tier.drain()
+            held = self.blocks.mend()
+            for storing in self._storing:
+                storing.clear()
+            self._stream.forget()
+            for rung, tier in enumerate(self.tiers):
+                slots = [slot for block in held if (slot := block.slots[rung]) is not None]
+                tier.keep_only(slots)
+            self._stream.resize(min(self._stream.num_slots, self.device_tier.num_free()))
+            if self._is_sharing_device:
+                self._stream.claim()
 
     def _drop(self, blocks: Iterable[KVBlock]) -> None:
         for block in blocks:
@@ -481,13 +522,13 @@ class OffloadManager:
     def num_cold_blocks(self) -> int:
         """Distinct blocks without a copy on the device."""
         with self.lock:
-            self._collect_abandoned()
+            self._tidy()
             blocks = {block for table in self.blocks.tables for block in table.blocks()}
             return sum(not block.is_resident for block in blocks)
 
     def check_integrity(self) -> None:
         """Verify the laws of the block tables and that no slot is lost; for tests."""
-        self._collect_abandoned()
+        self._tidy()
         self.blocks.check_integrity()
         held = {block for table in self.blocks.tables for block in table.blocks()}
         for rung, tier in enumerate(self.tiers):
@@ -528,7 +569,7 @@ class OffloadManager:
     def _check_held(self, table: BlockTable) -> None:
         """Raise ClosedCacheError unless the table's cache is there, and still holds the table."""
         self._check_open()
-        self._collect_abandoned()
+        self._tidy()
         if not table.rows:
             raise ClosedCacheError("the cache that held these keys and values is gone")
 

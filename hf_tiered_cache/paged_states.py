@@ -130,7 +130,7 @@ class Snapshot:
         if self.is_detached:
             return
         self.is_detached = True
-        self.table = self.manager.blocks.fork(self.table)
+        self.table = self.manager.fork(self.table)
         self.manager.truncate(self.table, self.num_tokens)
         weakref.finalize(self, self.manager.abandon_table, self.table)
 

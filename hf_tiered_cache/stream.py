@@ -144,6 +144,13 @@ class BlockStream:
         for block in list(self._staged):
             self.discard(block)
 
+    def forget(self) -> None:
+        """Hold no staging slots and no blocks, whatever the books say; for whoever gives the slots
+        back himself, once no load is under way."""
+        self._staged.clear()
+        self._last_reads.clear()
+        self._free.clear()
+
     def _start_missing(self, blocks: Sequence[KVBlock]) -> None:
         missing = [block for block in blocks if block not in self._staged]
         if not missing:

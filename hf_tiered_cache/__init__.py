@@ -17,6 +17,7 @@ from hf_tiered_cache.errors import (
     OutOfBlocksError,
     TieredCacheError,
     TierIOError,
+    TornCacheError,
     UnsupportedInputError,
 )
 from hf_tiered_cache.kernels.ops import available_kernels
@@ -39,6 +40,7 @@ __all__ = [
     "TieredCache",
     "TieredCacheConfig",
     "TieredCacheError",
+    "TornCacheError",
     "Trace",
     "UnsupportedInputError",
     "available_kernels",

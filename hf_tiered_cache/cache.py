@@ -28,7 +28,7 @@ from hf_tiered_cache.errors import (
     ConfigError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.forward_guard import ForwardGuard
+from hf_tiered_cache.forward_guard import RESET, ForwardGuard
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
@@ -59,7 +59,8 @@ class TieredCache(DynamicCache):
 
     A forward through it raises OutOfBlocksError when the tiers are full (before it stores anything
     more), TierIOError when blocks cannot be stored or loaded, CacheInUseError when another thread
-    is in the middle of one, ClosedCacheError after `close()`, BackwardError for a gradient.
+    is in the middle of one, ClosedCacheError after `close()`, BackwardError for a gradient. After
+    Ctrl-C in the middle of `crop`, a reordering or `reset` it raises TornCacheError until `reset`.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class TieredCache(DynamicCache):
             raise UnsupportedInputError(
                 f"crop({tokens_to_remove}): expected 0 or a negative count of tokens to remove"
             )
-        with self._alone():
+        with self._alone("crop"):
             # Those that may refuse come first.
             for layer in sorted(self.layers, key=lambda layer: type(layer) is TieredLayer):
                 layer.crop(tokens_to_remove)
@@ -301,7 +302,7 @@ class TieredCache(DynamicCache):
             self._select_rows(rows_of(indices, batch))
 
     def _select_rows(self, rows: list[int]) -> None:
-        with self._alone():
+        with self._alone("reorder_cache"):
             if not self._num_rows():
                 return  # as every layer of transformers does
             index = torch.tensor(rows, dtype=torch.long)
@@ -329,16 +330,16 @@ class TieredCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything; the cache is free for another batch and model."""
         self._guard.give_up()
-        with self._alone():
+        with self._alone(RESET):
             super().reset()
 
     def _in_forward(self, layer_idx: int, brings_tokens: bool = False) -> ForwardGuard:
         """While a forward is at this layer. Raises CacheInUseError."""
         return self._guard.admit(layer_idx, self._last_layer, self._savepoint, brings_tokens)
 
-    def _alone(self, changes: bool = True) -> ForwardGuard:
-        """While all layers change, or are read, at once. Raises CacheInUseError."""
-        return self._guard.admit_alone(self._last_layer, changes)
+    def _alone(self, change: str | None = None) -> ForwardGuard:
+        """While all layers are read, or changed by `change`, at once. Raises CacheInUseError."""
+        return self._guard.admit_alone(self._last_layer, change)
 
     def _savepoint(self) -> Savepoint:
         return Savepoint(self.layers, self._owned)
@@ -386,14 +387,14 @@ class TieredCache(DynamicCache):
         self.close()
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        self._guard.settle()
+        self._guard.join(self._savepoint)
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         if self.is_closed:
             raise ClosedCacheError("this cache is closed: make a new TieredCache")
-        with self._alone(changes=False):
+        with self._alone():
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork
             for name, value in vars(self).items():
@@ -410,7 +411,12 @@ class TieredCache(DynamicCache):
         return fork
 
     def __repr__(self) -> str:
-        state = "closed" if self.is_closed else f"{self.get_seq_length()} tokens"
+        if self.is_closed:
+            state = "closed"
+        elif self._guard.unfinished:
+            state = f"torn: {self._guard.unfinished}() was interrupted"
+        else:
+            state = f"{self.get_seq_length()} tokens"
         return f"{type(self).__name__}({state}, {len(self.layers)} layers)"
 
     def __str__(self) -> str:

@@ -43,6 +43,13 @@ class CacheInUseError(TieredCacheError):
     """
 
 
+class TornCacheError(TieredCacheError):
+    """What changes all layers at once (`crop`, reordering, `reset`) was interrupted between two.
+
+    The cache answers nothing from then on, until it is `reset()`.
+    """
+
+
 class KernelUnavailableError(TieredCacheError, ImportError):
     """A kernel was forced that was not built or that this processor cannot run."""
 

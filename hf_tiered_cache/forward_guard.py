@@ -10,8 +10,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hf_tiered_cache import forwards
-from hf_tiered_cache.errors import CacheInUseError, OutOfBlocksError, TierIOError
+from hf_tiered_cache.errors import (
+    CacheInUseError,
+    OutOfBlocksError,
+    TierIOError,
+    TornCacheError,
+)
 from hf_tiered_cache.forwards import Forward
+
+RESET = "reset"  # the change that makes good any other
 
 # What may have changed something when it was raised in a layer, besides interrupts: whatever else
 # is raised refuses what was given, and the forward may go on.
@@ -30,13 +37,14 @@ class ForwardGuard:
 
     Threads may take turns: between two forwards any of them may come next. A thread that has ended
     holds nothing. `has_seen_all`: a forward that is not watched went through, so every layer there
-    is has been seen.
+    is has been seen. `unfinished`: the change of the whole cache that was begun and did not end.
     """
 
-    __slots__ = ("has_seen_all", "_inside", "_lock", "_open")
+    __slots__ = ("has_seen_all", "unfinished", "_inside", "_lock", "_open")
 
     def __init__(self) -> None:
         self.has_seen_all = False
+        self.unfinished: str | None = None
         # The number of the thread that is in, alone in this dict: `setdefault` is atomic, and a
         # thread that an interrupt kept from leaving finds itself inside.
         self._inside: dict[str, int] = {}
@@ -45,12 +53,14 @@ class ForwardGuard:
 
     def join(self, take_savepoint: Callable[[], Restorable]) -> None:
         """Let this cache take part in the watched forward of this thread, if there is one, unless
-        it does. For what only looks: a forward of another thread is not disturbed."""
+        it does. For what only looks: a forward of another thread is not disturbed. Raises
+        TornCacheError."""
         forward = forwards.current()
         if self._open is not None:
             if self._open[0] is forward:
                 return
             self.settle()
+        self._check_finished()
         if forward is not None and self._open is None:
             self._begin(forward, take_savepoint)
 
@@ -64,12 +74,14 @@ class ForwardGuard:
         """Let this thread in, for the `with` block, to one layer of a forward.
 
         last_layer: where a forward that is not watched ends. brings_tokens: each layer does so once
-        in a forward. Raises CacheInUseError while another thread is in, or in a forward.
+        in a forward. Raises CacheInUseError while another thread is in, or in a forward, and
+        TornCacheError.
         """
         self._enter()
         try:
             forward = forwards.current()
             if self._open is None or self._open[0] is not forward:
+                self._check_finished()
                 self._take_turn(last_layer)
                 if self._open is not None and self._ends_here(layer, forward, brings_tokens):
                     self._open[0].end(is_good=True)
@@ -86,18 +98,27 @@ class ForwardGuard:
             raise
         return self
 
-    def admit_alone(self, last_layer: Callable[[], int], changes: bool = True) -> "ForwardGuard":
+    def admit_alone(
+        self, last_layer: Callable[[], int], change: str | None = None
+    ) -> "ForwardGuard":
         """Let this thread in, for the `with` block, to the whole cache; `last_layer` as above.
-        changes: what was done before within a forward that is under way here stays."""
+
+        change: what is done to all layers, one after the other. Should it not come to its end, the
+        cache refuses everything but `reset()`. What was done before within a forward that is under
+        way here stays.
+        """
         self._enter()
         try:
+            if change != RESET:
+                self._check_finished()
             if self._open is not None and self._open[0] is not forwards.current():
                 self._take_turn(last_layer)
                 if self._open is not None and not self._open[0].is_watched:
                     self._open[0].end(is_good=True)
                 self.settle()
-            elif changes:
+            elif change:
                 self._open = None
+            self.unfinished = change
         except BaseException:
             self._inside.clear()
             raise
@@ -120,9 +141,9 @@ class ForwardGuard:
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         try:
-            if error is not None and (
-                issubclass(error, FAILURES) or not issubclass(error, Exception)
-            ):
+            if error is None or (issubclass(error, Exception) and not issubclass(error, FAILURES)):
+                self.unfinished = None
+            else:
                 self.fail()
         finally:
             self._inside.clear()
@@ -138,6 +159,13 @@ class ForwardGuard:
         if self._open is not None and not self._open[0].is_watched:
             self._open = None
             self._inside.clear()
+
+    def _check_finished(self) -> None:
+        if self.unfinished is not None:
+            raise TornCacheError(
+                f"{self.unfinished}() of this cache was interrupted, so its layers may hold "
+                "different tokens: reset() it and begin again, or make a new one"
+            )
 
     def _begin(self, forward: Forward, take_savepoint: Callable[[], Restorable]) -> None:
         forward.members.append(self)

@@ -28,7 +28,8 @@ MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dr
 
 
 class OwnedTables:
-    """The tables of one cache, layer by layer; what must be dropped when the cache goes.
+    """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
+    the cache, shallow copies of it, its layers, and handles on their keys and values.
 
     `reader` is the model that attends them, `first_layer` the number of the first layer that has
     a table.
@@ -40,6 +41,12 @@ class OwnedTables:
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
         self.first_layer: int | None = None
+        self._finalizer = weakref.finalize(self, _release, pool, self._tables)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the tables were given back; there is no way back."""
+        return not self._finalizer.alive
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -65,16 +72,20 @@ class OwnedTables:
         if not self._tables:
             self.reader = Reader()  # an empty cache is free for another model
 
-    def release(self) -> None:
-        """The cache is gone: drop its tables, and the pool with the last fork."""
-        tables = list(self._tables.values())
-        self._tables.clear()
+    def close(self) -> None:
+        """Drop the tables, and the pool with the last fork. Idempotent."""
+        self._finalizer()
         self._reindex()
-        self.pool.release(tables)
 
     def _reindex(self) -> None:
         self._scans.clear()
         self.first_layer = min(self._tables, default=None)
+
+
+def _release(pool: ManagerPool, tables: dict[int, tuple[OffloadManager, BlockTable]]) -> None:
+    owned = list(tables.values())
+    tables.clear()
+    pool.release(owned)
 
 
 class TieredLayer(CacheLayerMixin):
@@ -273,11 +284,16 @@ class TieredLayer(CacheLayerMixin):
             owned.add(self._layer_idx, layer._manager, layer._table)
         return layer
 
+    def __copy__(self) -> "TieredLayer":
+        return self.fork(OwnedTables(self._owned.pool.share()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredLayer":
+        return self.__copy__()  # what is shared never changes
+
     def _handles(self, num_new_tokens: int = 0) -> tuple[PagedStates, PagedStates]:
         manager, table = self._manager, self._table
         assert manager is not None and table is not None
-        owned = self._owned
-        snapshot = Snapshot(manager, table, owned.scan(manager), owned.reader, num_new_tokens)
+        snapshot = Snapshot(manager, table, self._owned, num_new_tokens)
         if len(self._snapshots) >= MAX_DEAD_SNAPSHOTS:
             self._snapshots = [known for known in self._snapshots if known() is not None]
         self._snapshots.append(weakref.ref(snapshot))
@@ -314,7 +330,7 @@ class TieredLayer(CacheLayerMixin):
         """Hold all tokens in a wider dtype from now on: without loss, and chunk by chunk."""
         narrow, old, batch = self._manager, self._table, self._num_rows
         assert narrow is not None and old is not None
-        snapshot = Snapshot(narrow, old, [old], self._owned.reader)
+        snapshot = Snapshot(narrow, old, self._owned)
         with narrow.lock:
             keys, values = next(snapshot.chunks("keys", "values"))
             wide = self._owned.pool.manager(keys, values, dtype)

@@ -9,7 +9,7 @@ still computes the truth.
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils import logging
@@ -88,20 +88,29 @@ def describe_model(config: Any) -> str:
     return f"{type(config).__name__.removesuffix('Config')} ({name})"
 
 
+class Owner(Protocol):
+    """Whose tables snapshots show: while it lives, they are kept."""
+
+    reader: Reader  # the model that attends them
+
+    def scan(self, manager: OffloadManager) -> Sequence[BlockTable]:
+        """The manager's tables in the order a forward reads them."""
+
+
 class Snapshot:
     """The first `num_tokens` tokens of one layer, fixed while anybody holds it.
 
     Appending cannot disturb it (full blocks are immutable, new tokens stand behind `num_tokens`).
-    Before anything else is done to the table its owner calls `detach`.
-    `scan`: the cache's tables in the order a forward reads them. `reader`: the model that attends
-    the cache. `num_new_tokens`: those of the update that returned this snapshot.
+    Before anything else is done to the table its owner calls `detach`. A cache that nobody refers
+    to any more stays open while there are snapshots of it.
+    `num_new_tokens`: those of the update that returned this snapshot.
     """
 
     __slots__ = (
         "manager",
         "table",
         "num_tokens",
-        "scan",
+        "owner",
         "reader",
         "num_new_tokens",
         "is_detached",
@@ -112,21 +121,25 @@ class Snapshot:
         self,
         manager: OffloadManager,
         table: BlockTable,
-        scan: Sequence[BlockTable],
-        reader: Reader,
+        owner: Owner,
         num_new_tokens: int = 0,
     ) -> None:
         self.manager = manager
         self.table = table
         self.num_tokens = table.num_tokens
-        self.scan = scan
-        self.reader = reader
+        self.owner = owner
+        self.reader = owner.reader
         self.num_new_tokens = num_new_tokens
         self.is_detached = False
 
     @property
     def layout(self) -> BlockLayout:
         return self.table.layout
+
+    @property
+    def scan(self) -> Sequence[BlockTable]:
+        """The cache's tables in the order a forward reads them."""
+        return self.owner.scan(self.manager)
 
     def detach(self) -> None:
         """Hold the blocks by a fork of the table, dropped with this snapshot. Idempotent."""

@@ -281,6 +281,7 @@ class TieredCache(DynamicCache):
                 f"crop({tokens_to_remove}): expected 0 or a negative count of tokens to remove"
             )
         with self._alone():
+            self._check_whole()
             # Those that may refuse come first.
             for layer in sorted(self.layers, key=lambda layer: type(layer) is TieredLayer):
                 layer.crop(tokens_to_remove)
@@ -301,6 +302,7 @@ class TieredCache(DynamicCache):
 
     def _select_rows(self, rows: list[int]) -> None:
         with self._alone():
+            self._check_whole()
             if not self._num_rows():
                 return  # as every layer of transformers does
             index = torch.tensor(rows, dtype=torch.long)
@@ -309,6 +311,11 @@ class TieredCache(DynamicCache):
                     layer.select_rows(rows)  # the first one raises if a row does not exist
                 else:
                     layer.reorder_cache(index)
+
+    def _check_whole(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                layer.check_whole()
 
     def _num_rows(self) -> int:
         """Sequences held by whichever layer holds any; 0 while none does."""

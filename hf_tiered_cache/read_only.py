@@ -122,5 +122,6 @@ def _check_writes_none(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _read_only(what: str) -> UnsupportedInputError:
     return UnsupportedInputError(
-        f"{what}: keys and values of a TieredCache are read-only; work on a copy, `.clone()`"
+        f"{what}: keys and values of a TieredCache are read-only; work on a copy, `.clone()`, "
+        "which may be assigned to the layer (`layer.keys = copy`)"
     )

@@ -5,7 +5,6 @@ The words and signatures of transformers end here, in `cache_layers.py` and in `
 
 import copy
 import operator
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -55,7 +54,8 @@ class TieredCache(DynamicCache):
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
 
     A cache may be deep-copied (full blocks are shared), closed (`close()` or `with`), and is
-    closed when it is garbage-collected: no file, thread or memory stays.
+    closed when nobody refers to it, its layers or their keys and values any more: no file, thread
+    or memory stays.
 
     A forward through it raises OutOfBlocksError when the tiers are full (before it stores anything
     more), TierIOError when blocks cannot be stored or loaded, CacheInUseError when another thread
@@ -106,7 +106,6 @@ class TieredCache(DynamicCache):
 
     def _own(self, pool: ManagerPool) -> None:
         self._owned = OwnedTables(pool)
-        self._finalizer = weakref.finalize(self, self._owned.release)
         self._guard = ForwardGuard()
 
     def update(
@@ -283,6 +282,7 @@ class TieredCache(DynamicCache):
                 f"crop({tokens_to_remove}): expected 0 or a negative count of tokens to remove"
             )
         with self._alone("crop"):
+            self._check_whole()
             # Those that may refuse come first.
             for layer in sorted(self.layers, key=lambda layer: type(layer) is TieredLayer):
                 layer.crop(tokens_to_remove)
@@ -303,6 +303,7 @@ class TieredCache(DynamicCache):
 
     def _select_rows(self, rows: list[int]) -> None:
         with self._alone("reorder_cache"):
+            self._check_whole()
             if not self._num_rows():
                 return  # as every layer of transformers does
             index = torch.tensor(rows, dtype=torch.long)
@@ -311,6 +312,11 @@ class TieredCache(DynamicCache):
                     layer.select_rows(rows)  # the first one raises if a row does not exist
                 else:
                     layer.reorder_cache(index)
+
+    def _check_whole(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                layer.check_whole()
 
     def _num_rows(self) -> int:
         """Sequences held by whichever layer holds any; 0 while none does."""
@@ -352,7 +358,7 @@ class TieredCache(DynamicCache):
     @property
     def is_closed(self) -> bool:
         """Whether `close()` was called; there is no way back."""
-        return not self._finalizer.alive
+        return self._owned.is_closed
 
     def stats(self) -> CacheStats:
         """What lies where and what it cost so far: a frozen snapshot."""
@@ -378,7 +384,7 @@ class TieredCache(DynamicCache):
 
     def close(self) -> None:
         """Give memory, files and threads back; using the cache afterwards raises. Idempotent."""
-        self._finalizer()
+        self._owned.close()
 
     def __enter__(self) -> "TieredCache":
         return self
@@ -391,6 +397,12 @@ class TieredCache(DynamicCache):
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
+    def __copy__(self) -> "TieredCache":
+        """The same cache under another name, as a shallow copy of any cache is."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(vars(self))
+        return other
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         if self.is_closed:
             raise ClosedCacheError("this cache is closed: make a new TieredCache")
@@ -398,7 +410,7 @@ class TieredCache(DynamicCache):
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork
             for name, value in vars(self).items():
-                if name not in ("_owned", "_finalizer", "_guard", "layers"):
+                if name not in ("_owned", "_guard", "layers"):
                     setattr(fork, name, copy.deepcopy(value, memo))
             fork._own(self._owned.pool.share())
             fork._owned.reader = Reader(self._owned.reader)

@@ -6,8 +6,8 @@ everything seen; which tier holds what is the business of the rooms below.
 
 import copy
 import weakref
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import (
@@ -23,15 +23,17 @@ from hf_tiered_cache.kernels import checks
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.paged_states import PagedStates, Reader, Snapshot
+from hf_tiered_cache.read_only import ReadOnlyTensor
 
 MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
 
 
 class OwnedTables:
-    """The tables of one cache, layer by layer; what must be dropped when the cache goes.
+    """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
+    the cache, shallow copies of it, its layers, and handles on their keys and values.
 
     `reader` is the model that attends them, `first_layer` the number of the first layer that has
-    a table.
+    a table, `find_savepoint` a weak reference to the way back of the forward that is under way.
     """
 
     def __init__(self, pool: ManagerPool) -> None:
@@ -40,6 +42,13 @@ class OwnedTables:
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
         self.first_layer: int | None = None
+        self.find_savepoint: Callable[[], Any] = _no_savepoint
+        self._finalizer = weakref.finalize(self, _release, pool, self._tables)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the tables were given back; there is no way back."""
+        return not self._finalizer.alive
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -65,16 +74,48 @@ class OwnedTables:
         if not self._tables:
             self.reader = Reader()  # an empty cache is free for another model
 
-    def release(self) -> None:
-        """The cache is gone: drop its tables, and the pool with the last fork."""
-        tables = list(self._tables.values())
-        self._tables.clear()
+    def replace(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
+        """Put a table in the place of a layer's own, which is kept as long as a forward that is
+        under way may have to go back to it."""
+        replaced = self._tables.get(layer_idx)
+        self.add(layer_idx, manager, table)
+        if replaced is not None:
+            if (savepoint := self.find_savepoint()) is None:
+                replaced[0].drop_table(replaced[1])
+            else:
+                weakref.finalize(savepoint, replaced[0].abandon_table, replaced[1])
+
+    def holds(self, layer_idx: int, table: BlockTable | None) -> bool:
+        """Whether this is the layer's table."""
+        return self._tables.get(layer_idx, (None, None))[1] is table
+
+    def close(self) -> None:
+        """Drop the tables, and the pool with the last fork. Idempotent."""
+        self._finalizer()
         self._reindex()
-        self.pool.release(tables)
 
     def _reindex(self) -> None:
         self._scans.clear()
         self.first_layer = min(self._tables, default=None)
+
+
+def _no_savepoint() -> None:
+    return None
+
+
+def _release(pool: ManagerPool, tables: dict[int, tuple[OffloadManager, BlockTable]]) -> None:
+    owned = list(tables.values())
+    tables.clear()
+    pool.release(owned)
+
+
+class Saved(NamedTuple):
+    """A `TieredLayer` before a forward."""
+
+    manager: OffloadManager | None
+    table: BlockTable | None
+    num_tokens: int
+    assigned: dict[str, torch.Tensor]
 
 
 class TieredLayer(CacheLayerMixin):
@@ -85,7 +126,7 @@ class TieredLayer(CacheLayerMixin):
     is_croppable = True
     ATTRIBUTES = frozenset(
         [
-            *("_owned", "_layer_idx", "_manager", "_table", "_snapshots"),
+            *("_owned", "_layer_idx", "_manager", "_table", "_snapshots", "_assigned"),
             *("is_initialized", "dtype", "device"),
         ]
     )
@@ -97,17 +138,33 @@ class TieredLayer(CacheLayerMixin):
         self._manager: OffloadManager | None = None
         self._table: BlockTable | None = None
         self._snapshots: list[weakref.ref[Snapshot]] = []  # some may have died
+        # What was assigned to "keys" or "values" and does not fit the other yet.
+        self._assigned: dict[str, torch.Tensor] = {}
         self.is_initialized = False
 
     @property
-    def keys(self) -> PagedStates | None:
-        """A handle on all keys `[batch, kv_heads, tokens, head_dim]`; None before the first."""
-        return self._handles()[0] if self._table is not None else None
+    def keys(self) -> torch.Tensor | None:
+        """A handle on all keys `[batch, kv_heads, tokens, head_dim]`; None before the first.
+
+        May be assigned: other keys, of any length, in the place of all. Until the values have the
+        same batch, heads, length, dtype and device, the layer can only be read, assigned to and
+        reset. Raises UnsupportedInputError for what can be no keys.
+        """
+        return self._states("keys")
+
+    @keys.setter
+    def keys(self, states: torch.Tensor) -> None:
+        self._assign("keys", states)
 
     @property
-    def values(self) -> PagedStates | None:
-        """A handle on all values `[batch, kv_heads, tokens, head_dim]`; None before the first."""
-        return self._handles()[1] if self._table is not None else None
+    def values(self) -> torch.Tensor | None:
+        """A handle on all values `[batch, kv_heads, tokens, head_dim]`; None before the first. May
+        be assigned, as `keys`."""
+        return self._states("values")
+
+    @values.setter
+    def values(self, states: torch.Tensor) -> None:
+        self._assign("values", states)
 
     @property
     def batch_size(self) -> int:
@@ -128,6 +185,67 @@ class TieredLayer(CacheLayerMixin):
         self._owned.add(self._layer_idx, self._manager, self._table)
         self.is_initialized = True
 
+    def _states(self, part: str) -> torch.Tensor | None:
+        if part in self._assigned:
+            return self._assigned[part]
+        if self._table is None:
+            return None
+        keys, values = self._handles()
+        return keys if part == "keys" else values
+
+    def _assign(self, part: str, states: Any) -> None:
+        """Let `states` be all keys or all values from now on."""
+        if (
+            not isinstance(states, torch.Tensor)
+            or states.dim() != 4
+            or not states.is_floating_point()
+        ):
+            got = _describe(states) if isinstance(states, torch.Tensor) else repr(states)
+            raise UnsupportedInputError(
+                f"{part} of layer {self._layer_idx} = {got:.80}: expected a floating-point tensor "
+                "[batch, kv_heads, tokens, head_dim]; reset() forgets keys and values"
+            )
+        dense = states.materialize() if isinstance(states, ReadOnlyTensor) else states.detach()
+        assigned = {**self._assigned, part: dense}
+        keys, values = (assigned.get(one, self._states(one)) for one in ("keys", "values"))
+        if keys is None or values is None or not _are_alike(keys, values):
+            self._assigned = assigned
+            return
+        keys, values = (
+            one.materialize() if isinstance(one, PagedStates) else one for one in (keys, values)
+        )
+        manager = self._owned.pool.manager(keys, values, keys.dtype)
+        with manager.lock:
+            table = manager.new_table(self._layer_idx, keys.shape[0])
+            try:
+                manager.append(table, keys, values)
+            except BaseException:
+                manager.drop_table(table)
+                raise
+            self._go_on_with(manager, table)
+        self._assigned = {}
+
+    def _go_on_with(self, manager: OffloadManager, table: BlockTable) -> None:
+        """Hold another table from now on."""
+        with (self._manager or manager).lock:
+            self._detach_snapshots()
+            self._owned.replace(self._layer_idx, manager, table)
+        self._manager, self._table = manager, table
+        self.dtype, self.device = manager.layout.dtype, manager.device_tier.device
+        self.is_initialized = True
+
+    def check_whole(self) -> None:
+        """Raise UnsupportedInputError if keys were assigned that do not fit the values, or values
+        that do not fit the keys."""
+        if self._assigned:
+            keys, values = (
+                "missing" if one is None else _describe(one) for one in (self.keys, self.values)
+            )
+            raise UnsupportedInputError(
+                f"layer {self._layer_idx} was half assigned: its keys are {keys}, its values "
+                f"{values}; assign the other as well, or reset() the layer"
+            )
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +257,8 @@ class TieredLayer(CacheLayerMixin):
         Raises, before anything changed: UnsupportedInputError for another shape, dtype or device
         than this layer holds, OutOfBlocksError when no tier has room, ClosedCacheError.
         """
+        if self._assigned:
+            self.check_whole()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             try:
@@ -176,6 +296,8 @@ class TieredLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens held."""
+        if "keys" in self._assigned:
+            return self._assigned["keys"].shape[2]
         return 0 if self._table is None else self._table.num_tokens
 
     def get_max_length(self) -> int:
@@ -191,18 +313,30 @@ class TieredLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; the next update may bring another batch."""
         self.drop_blocks()
+        self._assigned = {}
 
-    def saved(self) -> tuple[BlockTable | None, int]:
-        """What `restore` needs to come back here from whatever was appended later."""
-        return self._table, self.get_seq_length()
+    def saved(self) -> "Saved":
+        """What `restore` needs to come back here from whatever was appended or assigned later."""
+        table = self._table
+        num_tokens = 0 if table is None else table.num_tokens
+        return Saved(self._manager, table, num_tokens, self._assigned)
 
-    def restore(self, saved: tuple[BlockTable | None, int]) -> None:
-        """Take back what was appended since `saved()`. Repeatable."""
-        table, num_tokens = saved
-        if num_tokens == 0 and table is not self._table:
-            self.drop_blocks()  # there was no table, or another one for another batch
-        elif self.get_seq_length() > num_tokens:
-            TieredLayer.crop(self, num_tokens - self.get_seq_length())
+    def restore(self, saved: "Saved") -> None:
+        """Take back what was appended or assigned since `saved()`. Repeatable."""
+        manager, table, num_tokens, self._assigned = saved
+        if num_tokens == 0:
+            if table is not self._table:
+                self.drop_blocks()  # there was no table, or another one for another batch
+            else:
+                TieredLayer._keep(self, 0)
+        elif self._owned.holds(self._layer_idx, table):
+            TieredLayer._keep(self, num_tokens)
+        else:  # replaced since: what was kept of it is dropped with the savepoint
+            assert manager is not None and table is not None
+            with manager.lock:
+                fork = manager.fork(table)
+                manager.truncate(fork, num_tokens)
+                self._go_on_with(manager, fork)
 
     def drop_blocks(self, except_for: Collection[BlockTable | None] = ()) -> None:
         """Forget keys and values, and the shape they had. except_for: tables that another layer
@@ -216,21 +350,28 @@ class TieredLayer(CacheLayerMixin):
             self._manager = self._table = None
             self.is_initialized = False
 
+    def _keep(self, num_tokens: int) -> None:
+        """Keep the first tokens."""
+        manager, table = self._manager, self._table
+        if table is not None and manager is not None and num_tokens < table.num_tokens:
+            with manager.lock:
+                self._detach_snapshots()
+                manager.truncate(table, num_tokens)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (a count at most 0, as in transformers)."""
         if tokens_to_remove > 0:
             raise UnsupportedInputError(
                 f"crop({tokens_to_remove}): expected 0 or a negative count of tokens to remove"
             )
-        if tokens_to_remove == 0 or self._table is None or self._manager is None:
+        if tokens_to_remove == 0:
             return
-        with self._manager.lock:
-            self._detach_snapshots()
-            keep = max(0, self._table.num_tokens + tokens_to_remove)
-            self._manager.truncate(self._table, keep)
+        self.check_whole()
+        self._keep(max(0, self.get_seq_length() + tokens_to_remove))
 
     def select_rows(self, rows: list[int]) -> None:
         """Make sequence `i` what sequence `rows[i]` was, sharing its blocks."""
+        self.check_whole()
         if self._table is None or self._manager is None or self._table.num_tokens == 0:
             return
         batch = self._table.batch
@@ -264,6 +405,7 @@ class TieredLayer(CacheLayerMixin):
     def fork(self, owned: OwnedTables) -> "TieredLayer":
         """The same tokens in another cache; full blocks are shared."""
         layer = TieredLayer(owned, self._layer_idx)
+        layer._assigned = self._assigned
         if self._table is not None and self._manager is not None:
             with self._manager.lock:
                 layer._table = self._manager.fork(self._table)
@@ -273,11 +415,16 @@ class TieredLayer(CacheLayerMixin):
             owned.add(self._layer_idx, layer._manager, layer._table)
         return layer
 
+    def __copy__(self) -> "TieredLayer":
+        return self.fork(OwnedTables(self._owned.pool.share()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredLayer":
+        return self.__copy__()  # what is shared never changes
+
     def _handles(self, num_new_tokens: int = 0) -> tuple[PagedStates, PagedStates]:
         manager, table = self._manager, self._table
         assert manager is not None and table is not None
-        owned = self._owned
-        snapshot = Snapshot(manager, table, owned.scan(manager), owned.reader, num_new_tokens)
+        snapshot = Snapshot(manager, table, self._owned, num_new_tokens)
         if len(self._snapshots) >= MAX_DEAD_SNAPSHOTS:
             self._snapshots = [known for known in self._snapshots if known() is not None]
         self._snapshots.append(weakref.ref(snapshot))
@@ -314,7 +461,7 @@ class TieredLayer(CacheLayerMixin):
         """Hold all tokens in a wider dtype from now on: without loss, and chunk by chunk."""
         narrow, old, batch = self._manager, self._table, self._num_rows
         assert narrow is not None and old is not None
-        snapshot = Snapshot(narrow, old, [old], self._owned.reader)
+        snapshot = Snapshot(narrow, old, self._owned)
         with narrow.lock:
             keys, values = next(snapshot.chunks("keys", "values"))
             wide = self._owned.pool.manager(keys, values, dtype)
@@ -326,10 +473,7 @@ class TieredLayer(CacheLayerMixin):
                 except BaseException:
                     wide.drop_table(table)
                     raise
-            self._detach_snapshots()
-            self._owned.add(self._layer_idx, wide, table)
-            self._manager, self._table, self.dtype = wide, table, dtype
-            narrow.drop_table(old)
+            self._go_on_with(wide, table)
 
     def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         assert self._table is not None
@@ -447,6 +591,15 @@ def _check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
             f"keys {_describe(key_states)} and values {_describe(value_states)}: expected two "
             "floating-point tensors [batch, kv_heads, tokens, head_dim] on one device"
         )
+
+
+def _are_alike(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether these can be the keys and values of one layer."""
+    return (keys.shape[:3], keys.dtype, keys.device) == (
+        values.shape[:3],
+        values.dtype,
+        values.device,
+    )
 
 
 def _describe(tensor: torch.Tensor) -> str:

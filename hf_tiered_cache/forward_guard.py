@@ -168,7 +168,8 @@ class ForwardGuard:
             )
 
     def _begin(self, forward: Forward, take_savepoint: Callable[[], Restorable]) -> None:
-        forward.members.append(self)
+        if forward.is_watched:  # one that is not tells nobody, and would keep the cache in a cycle
+            forward.members.append(self)
         self._open = (forward, take_savepoint())
 
     def _enter(self) -> None:

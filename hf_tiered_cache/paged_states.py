@@ -8,19 +8,22 @@ still computes the truth.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.errors import BackwardError, UnsupportedInputError
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.offload_manager import OffloadManager
+from hf_tiered_cache.read_only import ReadOnlyTensor
 
 logger = logging.get_logger(__name__)
+
+_make_wrapper = torch.Tensor._make_wrapper_subclass
+_throw_on_data_ptr = torch._C._set_throw_on_mutable_data_ptr
 
 TOLD_ONCE = (
     "A torch operation reached the paged keys or values of a TieredCache: the dense tensor is "
@@ -85,20 +88,29 @@ def describe_model(config: Any) -> str:
     return f"{type(config).__name__.removesuffix('Config')} ({name})"
 
 
+class Owner(Protocol):
+    """Whose tables snapshots show: while it lives, they are kept."""
+
+    reader: Reader  # the model that attends them
+
+    def scan(self, manager: OffloadManager) -> Sequence[BlockTable]:
+        """The manager's tables in the order a forward reads them."""
+
+
 class Snapshot:
     """The first `num_tokens` tokens of one layer, fixed while anybody holds it.
 
     Appending cannot disturb it (full blocks are immutable, new tokens stand behind `num_tokens`).
-    Before anything else is done to the table its owner calls `detach`.
-    `scan`: the cache's tables in the order a forward reads them. `reader`: the model that attends
-    the cache. `num_new_tokens`: those of the update that returned this snapshot.
+    Before anything else is done to the table its owner calls `detach`. A cache that nobody refers
+    to any more stays open while there are snapshots of it.
+    `num_new_tokens`: those of the update that returned this snapshot.
     """
 
     __slots__ = (
         "manager",
         "table",
         "num_tokens",
-        "scan",
+        "owner",
         "reader",
         "num_new_tokens",
         "is_detached",
@@ -109,21 +121,25 @@ class Snapshot:
         self,
         manager: OffloadManager,
         table: BlockTable,
-        scan: Sequence[BlockTable],
-        reader: Reader,
+        owner: Owner,
         num_new_tokens: int = 0,
     ) -> None:
         self.manager = manager
         self.table = table
         self.num_tokens = table.num_tokens
-        self.scan = scan
-        self.reader = reader
+        self.owner = owner
+        self.reader = owner.reader
         self.num_new_tokens = num_new_tokens
         self.is_detached = False
 
     @property
     def layout(self) -> BlockLayout:
         return self.table.layout
+
+    @property
+    def scan(self) -> Sequence[BlockTable]:
+        """The cache's tables in the order a forward reads them."""
+        return self.owner.scan(self.manager)
 
     def detach(self) -> None:
         """Hold the blocks by a fork of the table, dropped with this snapshot. Idempotent."""
@@ -136,11 +152,11 @@ class Snapshot:
 
     def handles(self) -> "tuple[PagedStates, PagedStates]":
         """Paged keys and values."""
-        layout = self.table.layout
-        shape = (self.table.batch, layout.kv_heads, self.num_tokens)
+        table, layout = self.table, self.table.layout
+        batch, heads, tokens = len(table.rows), layout.kv_heads, self.num_tokens
         return (
-            PagedStates(self, "keys", (*shape, layout.key_dim)),
-            PagedStates(self, "values", (*shape, layout.value_dim)),
+            _handle(self, "keys", (batch, heads, tokens, layout.key_dim)),
+            _handle(self, "values", (batch, heads, tokens, layout.value_dim)),
         )
 
     def check_reader(self, module: torch.nn.Module) -> None:
@@ -188,65 +204,44 @@ class Snapshot:
             yield [view.flatten(2, 3)[:, :, :num_tokens] for view in views]
 
 
-class PagedStates(torch.Tensor):
+class PagedStates(ReadOnlyTensor):
     """A handle on the keys or the values of a `Snapshot`, `[batch, kv_heads, tokens, head_dim]`."""
 
     snapshot: Snapshot
     part: str  # "keys" or "values"
-
-    @staticmethod
-    def __new__(cls, snapshot: Snapshot, part: str, shape: tuple[int, ...]) -> "PagedStates":
-        handle: PagedStates = torch.Tensor._make_wrapper_subclass(
-            cls,
-            shape,
-            dtype=snapshot.table.layout.dtype,
-            device=snapshot.manager.device_tier.device,
-        )
-        handle.snapshot = snapshot
-        handle.part = part
-        return handle
-
-    # Operations are caught one level lower, where every one of them arrives.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        _check_writes_no_handle(func, args, kwargs)
-        logger.warning_once(TOLD_ONCE)
-        args, kwargs = tree_map_only(PagedStates, PagedStates.materialize, (args, kwargs))
-        return func(*args, **kwargs)
+    __slots__ = ("snapshot", "part")  # with slots, `torch.utils.swap_tensors` refuses
 
     def materialize(self) -> torch.Tensor:
         """The dense tensor this handle stands for."""
         return self.snapshot.materialize(self.part)
 
-    # What follows would not arrive as an operation: torch reaches for bytes that are not there, or
-    # writes into a tensor that was built for the occasion.
-
-    def numpy(self, *, force: bool = False) -> Any:
-        return self.materialize().numpy(force=force)
-
-    def tolist(self) -> list[Any]:
-        return self.materialize().tolist()
-
-    def __dlpack__(self, **kwargs: Any) -> Any:
-        return self.materialize().__dlpack__(**kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+    def operand(self) -> torch.Tensor:
+        """The dense tensor, for an operation of torch: told once."""
+        logger.warning_once(TOLD_ONCE)
         return self.materialize()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+    # Bytes of one's own, which others may then read or share: there are none.
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise _read_only("setting an item")
+    def data_ptr(self) -> Any:
+        raise _no_bytes("data_ptr")
+
+    def const_data_ptr(self) -> Any:
+        raise _no_bytes("const_data_ptr")
+
+    def share_memory_(self) -> Any:
+        raise _no_bytes("share_memory_")
+
+    def storage(self) -> Any:
+        raise _no_bytes("storage")
+
+    def untyped_storage(self) -> Any:
+        raise _no_bytes("untyped_storage")
+
+    _typed_storage = storage
+
+    def is_shared(self) -> bool:
+        """Whether other processes see the bytes: no."""
+        return False
 
     def refuse_backward(self) -> "PagedStates":
         """Let a backward pass that arrives here raise `BackwardError`."""
@@ -258,20 +253,25 @@ class PagedStates(torch.Tensor):
         return f"PagedStates({self.part}, {list(self.shape)}, {self.dtype}, device={self.device})"
 
 
-def _check_writes_no_handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise UnsupportedInputError if `func` would write into a handle: the bytes would be lost."""
-    if not func._schema.is_mutable:
-        return
-    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-    for argument in func._schema.arguments:
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
-        if is_written and isinstance(given.get(argument.name), PagedStates):
-            raise _read_only(str(func))
+def _handle(snapshot: Snapshot, part: str, shape: tuple[int, ...]) -> PagedStates:
+    handle: PagedStates = _make_wrapper(
+        PagedStates,
+        shape,
+        dtype=snapshot.table.layout.dtype,
+        device=snapshot.manager.device_tier.device,
+        storage_size=0,
+    )
+    # Below torch's operations, whoever asks for an address gets an error and no null pointer.
+    _throw_on_data_ptr(handle)
+    handle.snapshot = snapshot
+    handle.part = part
+    return handle
 
 
-def _read_only(what: str) -> UnsupportedInputError:
+def _no_bytes(what: str) -> UnsupportedInputError:
     return UnsupportedInputError(
-        f"{what}: keys and values of a TieredCache are read-only; work on a copy, `.clone()`"
+        f"{what}: keys and values of a TieredCache lie in its blocks and have no bytes of their "
+        "own; take a dense copy, `.clone()`"
     )
 
 

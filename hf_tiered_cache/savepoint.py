@@ -1,11 +1,12 @@
 """`Savepoint`: what a cache was before a forward, and the way back to it."""
 
+import weakref
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_tiered_cache.cache_layers import OwnedTables, TieredLayer
+from hf_tiered_cache.cache_layers import OwnedTables, Saved, TieredLayer
 from hf_tiered_cache.forwards import Forward
 from hf_tiered_cache.paged_states import Reader
 
@@ -17,20 +18,22 @@ class Savepoint:
     """The state of every layer of a cache at one moment.
 
     Blocks are immutable but for the filling one, which only grows: of a tiered layer the number of
-    its tokens says it all. Of transformers' own layers the attributes are kept; linear states are
-    copied, for models write into them in place.
+    its tokens says it all, and its table, which is kept where another one takes its place. Of
+    transformers' own layers the attributes are kept; linear states are copied, for models write
+    into them in place.
     """
 
     def __init__(self, layers: list[Any], owned: OwnedTables) -> None:
         self._list = layers
         self._owned = owned
+        owned.find_savepoint = weakref.ref(self)
         self._reader = Reader(owned.reader)
         self._layers = [(layer, _saved(layer)) for layer in layers]
 
     def restore(self, forward: Forward) -> None:
         """Put every layer back; those that came later go. Repeatable."""
         saved = {id(layer) for layer, _ in self._layers}
-        tables = {state[0] for _, (state, _) in self._layers if state is not None}
+        tables = {state.table for _, (state, _) in self._layers if state is not None}
         for layer in self._list:
             if isinstance(layer, TieredLayer) and id(layer) not in saved:
                 layer.drop_blocks(except_for=tables)
@@ -47,7 +50,7 @@ class Savepoint:
         forward.forget_cross_attention(self._list)
 
 
-def _saved(layer: Any) -> tuple[Any, dict[str, Any] | None]:
+def _saved(layer: Any) -> tuple[Saved | None, dict[str, Any] | None]:
     """(what `TieredLayer.restore` takes, the attributes to be put back); None where not needed."""
     if type(layer) is TieredLayer:
         return layer.saved(), None

@@ -32,6 +32,7 @@ FLOORS = {
     "stream": 6,
     "devices": 6,
     "block_reader": 7,
+    "read_only": 1,
     "offload_manager": 8,
     "manager_pool": 9,
     "paged_states": 9,

@@ -190,11 +190,12 @@ class DiskTier(Tier, name="disk"):
                 self._file,
                 self._table,
                 transfer,
+                number,
                 slots[start:stop],
                 blocks[start:stop],
                 direct=slots[start] >= self._first_direct_slot,
             )
-            for start, stop in pieces
+            for number, (start, stop) in enumerate(pieces)
         ]
         begin(slots)
         try:

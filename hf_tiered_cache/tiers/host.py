@@ -176,11 +176,11 @@ class _Job:
             error = io_error(None, f"cannot get memory for the host tier: {cause!r}")
             error.__cause__ = cause
         finally:
-            self._transfer.end_part(error)
+            self._transfer.end_part(error, part=self)
 
     def cancel(self) -> None:
         """The tier was closed first."""
-        self._transfer.end_part(io_error(None, "the host tier was closed"))
+        self._transfer.end_part(io_error(None, "the host tier was closed"), part=self)
 
 
 def _touch(memory: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.tiers.base import Transfer
@@ -193,8 +193,8 @@ class CompiledTransfer(Transfer):
                 self._mover.wait(job)
         super().wait()
 
-    def end_part(self, error: TierIOError | None = None) -> None:
-        """One part ended, failed if `error` is given."""
-        super().end_part(error)
+    def end_part(self, error: TierIOError | None = None, **when: Any) -> None:
+        """One part ended; see `Transfer.end_part`."""
+        super().end_part(error, **when)
         if self._is_ready:
             self.jobs.clear()

@@ -36,7 +36,7 @@ class RecordsJob:
 
     is_write = False
     __slots__ = (
-        *("_blocks", "_claim", "_file", "_table"),
+        *("_blocks", "_claim", "_file", "_number", "_table"),
         *("after", "is_direct", "move", "slots", "transfer"),
     )
 
@@ -45,15 +45,18 @@ class RecordsJob:
         file: BlockFile,
         table: RecordTable,
         transfer: Transfer,
+        number: int,
         slots: Sequence[int],
         blocks: Sequence[torch.Tensor],
         *,
         direct: bool,
     ) -> None:
+        """number: of the part of the transfer."""
         self._claim = threading.Lock()
         self._file = file
         self._table = table
         self._blocks = blocks
+        self._number = number
         self.transfer = transfer
         self.slots = slots
         self.is_direct = direct
@@ -123,18 +126,21 @@ class RecordsJob:
             raise
         finally:
             if self.move is None:
-                self.transfer.moved(began, perf_counter())
+                self._end(failure, began)
             elif self.move.error != CANCELLED:
-                self.transfer.moved(self.move.began, self.move.ended)
-            self._end(failure)
+                self._end(failure, self.move.began, self.move.ended)
+            else:
+                self._end(failure)
 
-    def _end(self, error: TierIOError | None) -> None:
+    def _end(
+        self, error: TierIOError | None, began: float | None = None, ended: float | None = None
+    ) -> None:
         # The table first: who waited for the transfer finds its slots free to use.
         self.after = []
         try:
             self._table.end(self.slots)
         finally:
-            self.transfer.end_part(error)
+            self.transfer.end_part(error, part=self._number, began=began, ended=ended)
 
     def _cancelled(self) -> TierIOError:
         return io_error(
@@ -245,11 +251,13 @@ class WriteRecords(RecordsJob):
         for slot, checksum in zip(self.slots, checksums, strict=True):
             self._table.written(slot, checksum)
 
-    def _end(self, error: TierIOError | None) -> None:
+    def _end(
+        self, error: TierIOError | None, began: float | None = None, ended: float | None = None
+    ) -> None:
         if error is not None:
             for slot in self.slots:
                 self._table.not_written(slot, str(error))
-        super()._end(error)
+        super()._end(error, began, ended)
 
 
 def reserve_records(file: BlockFile, start: int, stop: int, block_bytes: int) -> None:

@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from time import perf_counter
 from typing import ClassVar, NamedTuple
@@ -112,6 +112,11 @@ class Transfer:
     def is_ready(self) -> bool:
         """Whether it is done or failed, without waiting."""
         return self._is_ready or self._look()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has failed, as far as is known by now."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Return when done. Raises TierIOError when it failed, each time it is called."""
@@ -288,6 +293,18 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back memory, files, threads and budget. Idempotent."""
+
+
+def do_all(*steps: Callable[[], None]) -> None:
+    """Do every step, each of which may be repeated. If one raises, as an interrupt does, all are
+    done once more before it is passed on: whoever finalizes is not called again."""
+    try:
+        for step in steps:
+            step()
+    except BaseException:
+        for step in steps:
+            step()
+        raise
 
 
 def io_error(code: int | None, message: str) -> TierIOError:

@@ -1,8 +1,9 @@
 """Which slots are taken: lowest first, within a budget. Knows no bytes but their number."""
 
+import contextlib
 import heapq
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.tiers.base import Budget
@@ -47,6 +48,11 @@ class SlotPool:
         self._lock = threading.RLock()
 
     @property
+    def used(self) -> Set[int]:
+        """The slots handed out."""
+        return self._used
+
+    @property
     def num_used(self) -> int:
         """Slots handed out."""
         return len(self._used)
@@ -77,8 +83,9 @@ class SlotPool:
             return slot
 
     def grow_ahead(self) -> None:
-        """Commit a whole step more, where the budget has it, once less than half of one is left."""
-        with self._lock:
+        """Commit a whole step more, where the budget has it, once less than half of one is left.
+        What cannot be had is not needed yet: whoever needs it is told."""
+        with self._lock, contextlib.suppress(TierIOError):
             if self._num_ready() < self._step_slots // 2:
                 self._commit_slots(self._step_slots)
 

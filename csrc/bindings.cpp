@@ -67,14 +67,13 @@ py::list kernels() {
 std::shared_ptr<Move> new_move(bool is_write, int fd, int64_t offset, int64_t record_bytes,
                                const std::vector<int64_t>& addresses, bool is_direct,
                                std::vector<std::shared_ptr<Move>> after) {
-  auto move = std::make_shared<Move>();
-  move->is_write = is_write;
-  move->is_direct = is_direct;
+  std::vector<iovec> records;
+  for (int64_t address : addresses) {
+    records.push_back({pointer<void>(address), static_cast<size_t>(record_bytes)});
+  }
+  auto move = std::make_shared<Move>(std::move(records), is_write, is_direct);
   move->fd = fd;
   move->offset = offset;
-  for (int64_t address : addresses) {
-    move->records.push_back({pointer<void>(address), static_cast<size_t>(record_bytes)});
-  }
   move->after = std::move(after);
   return move;
 }
@@ -86,6 +85,7 @@ double seconds(std::chrono::steady_clock::time_point time) {
 
 py::list checksums(const Move& move) {
   py::list list;
+  if (move.error != 0) return list;
   for (const auto& checksum : move.checksums) {
     list.append(py::bytes(reinterpret_cast<const char*>(checksum.data()), checksum.size()));
   }
@@ -112,7 +112,9 @@ void bind_block_io(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<BlockIO>(m, "BlockIO")
       .def(py::init<int>())
-      .def("start", &BlockIO::start)
+      .def("enter", &BlockIO::enter, Unlocked())
+      .def("leave", &BlockIO::leave, Unlocked())
+      .def_property_readonly("num_threads", &BlockIO::num_threads)
       .def("submit", &BlockIO::submit, Unlocked())
       .def("cancel", &BlockIO::cancel, Unlocked())
       .def(
@@ -120,8 +122,7 @@ void bind_block_io(py::module_& m) {
           [](BlockIO& io, const Move& move, double timeout_seconds) {
             return io.wait(move, std::chrono::duration<double>(timeout_seconds));
           },
-          Unlocked())
-      .def("close", &BlockIO::close, Unlocked());
+          Unlocked());
 
   m.def(
       "xxh3_128",

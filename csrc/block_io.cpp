@@ -10,8 +10,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <mutex>
-#include <new>
+#include <set>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -26,16 +27,21 @@ constexpr std::size_t kMaxVectors = 1024;  // IOV_MAX
 
 using Records = std::vector<iovec>;
 
-void make_checksums(Move& move, const Records& records) {
-  move.checksums.resize(records.size());
-  for (std::size_t i = 0; i < records.size(); ++i) {
-    xxh3_128(records[i].iov_base, records[i].iov_len, move.checksums[i].data());
+void make_checksums(Move& move) {
+  for (std::size_t i = 0; i < move.records.size(); ++i) {
+    xxh3_128(move.records[i].iov_base, move.records[i].iov_len, move.checksums[i].data());
   }
 }
 
-// Repeats the system call until every record went through: interrupted calls again, short ones
-// from where they stopped, under direct I/O from the last page before that.
-void transfer(Move& move, Records left) {
+void fail(Move& move, int error, int64_t offset) {
+  move.error = error;
+  move.error_offset = offset;
+}
+
+// Repeats the system call until every record of `left` went through: interrupted calls again, short
+// ones from where they stopped, under direct I/O from the last page before that.
+void transfer(Move& move) {
+  Records& left = move.left;
   std::size_t first = 0;
   int64_t offset = move.offset;
   while (first < left.size()) {
@@ -44,11 +50,7 @@ void transfer(Move& move, Records left) {
                                       : preadv(move.fd, &left[first], count, offset);
     if (num_bytes < 0 && errno == EINTR) continue;
     if (num_bytes > 0 && move.is_direct) num_bytes -= num_bytes % kPage;
-    if (num_bytes <= 0) {
-      move.error = num_bytes < 0 ? errno : kEndOfFile;
-      move.error_offset = offset;
-      return;
-    }
+    if (num_bytes <= 0) return fail(move, num_bytes < 0 ? errno : kEndOfFile, offset);
     offset += num_bytes;
     while (num_bytes > 0) {
       iovec& record = left[first];
@@ -65,58 +67,54 @@ bool is_aligned(const iovec& record) {
   return reinterpret_cast<uintptr_t>(record.iov_base) % kPage == 0;
 }
 
-// Aligned memory for records of the same sizes.
-class AlignedCopy {
- public:
-  explicit AlignedCopy(const Records& like) : records_(like) {
-    std::size_t num_bytes = 0;
-    for (const iovec& record : like) num_bytes += record.iov_len;
-    if (posix_memalign(&memory_, kPage, num_bytes) != 0) throw std::bad_alloc();
-    char* next = static_cast<char*>(memory_);
-    for (iovec& record : records_) {
-      record.iov_base = next;
+// Through aligned memory, for records that lie where direct I/O does not take them.
+void transfer_aligned(Move& move) {
+  std::size_t num_bytes = 0;
+  for (const iovec& record : move.records) num_bytes += record.iov_len;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kPage, num_bytes) != 0) return fail(move, ENOMEM, move.offset);
+  char* next = static_cast<char*>(memory);
+  for (iovec& record : move.left) {
+    if (move.is_write) std::memcpy(next, record.iov_base, record.iov_len);
+    record.iov_base = next;
+    next += record.iov_len;
+  }
+  transfer(move);
+  next = static_cast<char*>(memory);
+  if (!move.is_write && move.error == 0) {
+    for (const iovec& record : move.records) {
+      std::memcpy(record.iov_base, next, record.iov_len);
       next += record.iov_len;
     }
   }
-  ~AlignedCopy() { std::free(memory_); }
-  AlignedCopy(const AlignedCopy&) = delete;
-  AlignedCopy& operator=(const AlignedCopy&) = delete;
-
-  const Records& records() const { return records_; }
-
- private:
-  void* memory_ = nullptr;
-  Records records_;
-};
-
-void copy(const Records& from, const Records& to) {
-  for (std::size_t i = 0; i < from.size(); ++i) {
-    std::memcpy(to[i].iov_base, from[i].iov_base, from[i].iov_len);
-  }
+  std::free(memory);
 }
 
-void run(Move& move) {
+void run(Move& move) noexcept {
   // Before the write: bytes that change under it are noticed when they are loaded.
-  if (move.is_write) make_checksums(move, move.records);
+  if (move.is_write) make_checksums(move);
   if (!move.is_direct || std::all_of(move.records.begin(), move.records.end(), is_aligned)) {
-    transfer(move, move.records);
+    transfer(move);
   } else {
-    const AlignedCopy aligned(move.records);
-    if (move.is_write) copy(move.records, aligned.records());
-    transfer(move, aligned.records());
-    if (!move.is_write && move.error == 0) copy(aligned.records(), move.records);
+    transfer_aligned(move);
   }
-  if (!move.is_write && move.error == 0) make_checksums(move, move.records);
+  if (!move.is_write && move.error == 0) make_checksums(move);
 }
 
 }  // namespace
+
+// Threads that were started together, and end together.
+struct BlockIO::Crew {
+  std::vector<std::thread> threads;
+  bool is_dismissed = false;
+};
 
 struct BlockIO::State {
   std::mutex mutex;
   std::condition_variable queued, done;
   std::deque<std::shared_ptr<Move>> queue;
-  std::vector<std::thread> threads;
-  bool is_closing = false;
+  std::set<int64_t> users;
+  std::unique_ptr<Crew> crew;  // while there are users
 
   void finish(Move& move) {
     {
@@ -128,31 +126,47 @@ struct BlockIO::State {
 };
 
 BlockIO::BlockIO(int num_threads)
-    : num_threads_(num_threads), pid_(getpid()), state_(std::make_unique<State>()) {}
+    : most_threads_(num_threads), pid_(getpid()), state_(std::make_unique<State>()) {}
 
 BlockIO::~BlockIO() {
   if (getpid() == pid_) {
-    close();
+    state_->users.clear();
+    dismiss_if_unused();
   } else {
     state_.release();  // its threads and its locks stayed in the parent: there is no way to end it
   }
 }
 
-void BlockIO::start() {
-  if (!state_->threads.empty()) return;
-  // The threads inherit the mask: signals are for the threads of the interpreter.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  try {
-    for (int i = 0; i < num_threads_; ++i) state_->threads.emplace_back(work, state_.get());
-  } catch (const std::system_error&) {  // the process may have no more threads: fewer do as well
-    if (state_->threads.empty()) {
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-      throw;
+void BlockIO::enter(int64_t user) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  if (state_->crew == nullptr) {
+    auto crew = std::make_unique<Crew>();
+    crew->threads.reserve(static_cast<std::size_t>(most_threads_));
+    // The threads inherit the mask: signals are for the threads of the interpreter.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    std::exception_ptr refusal;
+    try {
+      for (int i = 0; i < most_threads_; ++i) {
+        crew->threads.emplace_back(work, state_.get(), crew.get());
+      }
+    } catch (...) {  // the process may have no more threads: fewer do as well
+      refusal = std::current_exception();
     }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (crew->threads.empty()) std::rethrow_exception(refusal);
+    state_->crew = std::move(crew);
   }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  state_->users.insert(user);
+}
+
+void BlockIO::leave(int64_t user) {
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->users.erase(user);
+  }
+  dismiss_if_unused();
 }
 
 void BlockIO::submit(std::shared_ptr<Move> move) {
@@ -180,18 +194,24 @@ bool BlockIO::wait(const Move& move, std::chrono::duration<double> timeout) {
   return state_->done.wait_for(lock, timeout, is_done);
 }
 
-void BlockIO::close() {
-  std::vector<std::thread> threads;
-  {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->is_closing = true;
-    threads.swap(state_->threads);
-  }
-  state_->queued.notify_all();
-  for (std::thread& thread : threads) thread.join();
+int BlockIO::num_threads() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->crew == nullptr ? 0 : static_cast<int>(state_->crew->threads.size());
 }
 
-void BlockIO::work(State* state) {
+void BlockIO::dismiss_if_unused() {
+  std::unique_ptr<Crew> crew;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    if (!state_->users.empty() || state_->crew == nullptr) return;
+    crew = std::move(state_->crew);
+    crew->is_dismissed = true;
+  }
+  state_->queued.notify_all();
+  for (std::thread& thread : crew->threads) thread.join();
+}
+
+void BlockIO::work(State* state, Crew* crew) {
 #if defined(__linux__)
   pthread_setname_np(pthread_self(), "tiered-cache-io");  // 15 characters at most
 #endif
@@ -199,13 +219,12 @@ void BlockIO::work(State* state) {
     std::shared_ptr<Move> move;
     {
       std::unique_lock<std::mutex> lock(state->mutex);
-      state->queued.wait(lock, [&] { return state->is_closing || !state->queue.empty(); });
-      if (state->queue.empty()) return;
+      state->queued.wait(lock, [&] { return crew->is_dismissed || !state->queue.empty(); });
+      if (crew->is_dismissed) return;
       move = std::move(state->queue.front());
       state->queue.pop_front();
       if (move->is_taken) continue;  // cancelled
       move->is_taken = true;
-      if (state->is_closing) move->error = kCancelled;
       // Those were taken from the queue before this one, so other threads are at them.
       for (const std::shared_ptr<Move>& other : move->after) {
         state->done.wait(lock, [&] { return other->is_done.load(); });
@@ -214,12 +233,7 @@ void BlockIO::work(State* state) {
       move->after.clear();
     }
     move->began = std::chrono::steady_clock::now();
-    try {
-      if (move->error == 0) run(*move);
-    } catch (const std::bad_alloc&) {
-      move->error = ENOMEM;
-      move->error_offset = move->offset;
-    }
+    if (move->error == 0) run(*move);
     move->ended = std::chrono::steady_clock::now();
     state->finish(*move);
   }

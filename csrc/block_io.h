@@ -15,6 +15,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace hf_tiered_cache {
@@ -24,8 +25,16 @@ constexpr int kEndOfFile = -1;  // nothing more came through
 constexpr int kCancelled = -2;  // its turn never came, or a move it had to follow failed
 
 // Consecutive records of a file to be moved in one go, and what came of it. The owner keeps the
-// memory of the records until `is_done`.
+// memory of the records until `is_done`. All that a thread needs but aligned memory is allocated
+// here, by the owner's thread.
 struct Move {
+  Move(std::vector<iovec> records, bool is_write, bool is_direct)
+      : is_write(is_write),
+        is_direct(is_direct),
+        records(std::move(records)),
+        left(this->records),
+        checksums(this->records.size()) {}
+
   bool is_write = false;
   bool is_direct = false;  // the descriptor wants offsets and memory in multiples of 4096
   int fd = -1;
@@ -34,17 +43,21 @@ struct Move {
   std::vector<std::shared_ptr<Move>> after;  // end before this one begins; were submitted before
 
   // Written by one thread before `is_done`, never after.
+  std::vector<iovec> left;  // what did not go through yet
   int error = 0;
   int64_t error_offset = 0;  // where it stood still
-  std::vector<std::array<unsigned char, 16>> checksums;  // one a record, unless there is an error
+  std::vector<std::array<unsigned char, 16>> checksums;  // one a record; nothing if there is an error
   std::chrono::steady_clock::time_point began, ended;    // of its thread at work, if one was
 
   bool is_taken = false;  // by a thread, or cancelled; under the lock of the `BlockIO`
   std::atomic<bool> is_done{false};
 };
 
-// Starts moves in the order of `submit`, `num_threads` at a time. A forked child must not use it,
-// but may destroy it.
+// Starts moves in the order of `submit`, `num_threads` at a time, while somebody uses it. A forked
+// child must not use it, but may destroy it.
+//
+// The threads neither throw nor catch: what a fresh thread allocates for that (its own variables of
+// a library that was loaded late) ends the process when there is no memory for it.
 class BlockIO {
  public:
   explicit BlockIO(int num_threads);
@@ -52,8 +65,13 @@ class BlockIO {
   BlockIO(const BlockIO&) = delete;
   BlockIO& operator=(const BlockIO&) = delete;
 
-  // Starts the threads, unless they run. Throws std::system_error when not even one starts.
-  void start();
+  // `user` uses it from now on: starts the threads, unless they run. Throws std::system_error when
+  // not even one starts; nobody uses it more than before then.
+  void enter(int64_t user);
+
+  // `user` uses it no more: all its moves are done or cancelled. After the last one the threads are
+  // joined. Idempotent.
+  void leave(int64_t user);
 
   void submit(std::shared_ptr<Move> move);
 
@@ -63,14 +81,16 @@ class BlockIO {
   // Whether `move` is done, after at most `timeout`.
   bool wait(const Move& move, std::chrono::duration<double> timeout);
 
-  // Lets the moves under way end, cancels those queued, joins the threads. Idempotent.
-  void close();
+  // How many threads run.
+  int num_threads();
 
  private:
+  struct Crew;
   struct State;
-  static void work(State* state);
+  static void work(State* state, Crew* crew);
+  void dismiss_if_unused();
 
-  const int num_threads_;
+  const int most_threads_;
   const pid_t pid_;
   std::unique_ptr<State> state_;
 };

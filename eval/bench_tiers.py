@@ -104,7 +104,7 @@ def bench(
             batch = slots[start : start + num_staging]
             tier.read(batch, staging[: len(batch)]).wait()
     # The bare loop needs the very file of the tier, which has no name.
-    fd = tier._file._direct_fd if io == "direct" else tier._file._fd
+    fd = tier._file.entrance(direct=io == "direct").fd
     for main_does in args.main:
         ratios, tier_rates, bare_rates, cpu = [], [], [], []
         for _ in range(args.rounds):

@@ -14,49 +14,62 @@ contract tests run over every registered tier.
 
 import contextlib
 import os
+import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
 from time import perf_counter
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 
+# Who waits looks again so often: an interrupt may have come between the end and the waking.
+WAKE_SECONDS = 0.1
+
 
 class Budget:
-    """A hard cap in bytes for one tier, shared by every slab and file of that tier. Thread-safe."""
+    """A hard cap in bytes for one tier, shared by every slab and file of that tier. Thread-safe.
+
+    Each of its holders says how much it holds in all, so that an interrupted one can say it again;
+    what a dropped one held is free.
+    """
 
     def __init__(self, name: str, limit_bytes: int) -> None:
         if limit_bytes < 0:
             raise ConfigError(f"{name}_bytes is {limit_bytes}; expected 0 or more")
         self.name = name
         self.limit_bytes = limit_bytes
-        self.used_bytes = 0
         self.peak_bytes = 0
-        # Reentrant: garbage collection inside `reserve` may finalize a tier, which releases here.
+        self._held: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        # Reentrant: garbage collection in here may finalize a tier, which holds nothing then.
         self._lock = threading.RLock()
 
-    def reserve(self, num_bytes: int) -> bool:
-        """Take `num_bytes`; False, and nothing changed, when that would exceed the limit."""
+    def hold(self, holder: object, num_bytes: int) -> bool:
+        """Let `holder` hold `num_bytes` in all; False, and nothing changed, when it asks for more
+        than it has and the limit would be exceeded."""
         with self._lock:
-            if self.used_bytes + num_bytes > self.limit_bytes:
+            had = self._held.get(holder, 0)
+            used = self.used_bytes - had + num_bytes
+            if num_bytes > had and used > self.limit_bytes:
                 return False
-            self.used_bytes += num_bytes
-            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            self._held[holder] = num_bytes
+            self.peak_bytes = max(self.peak_bytes, used)
             return True
 
-    def release(self, num_bytes: int) -> None:
-        """Give `num_bytes` back."""
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that all holders hold."""
         with self._lock:
-            assert num_bytes <= self.used_bytes, (self.name, num_bytes, self.used_bytes)
-            self.used_bytes -= num_bytes
+            return sum(self._held.values())
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that could still be reserved."""
+        """Bytes that could still be held."""
         return self.limit_bytes - self.used_bytes
 
     def __repr__(self) -> str:
@@ -74,38 +87,44 @@ class Transfer:
 
     A device that is not the CPU works behind it: `hold_device()` makes the device wait, and the CPU
     goes on where it can.
-
-    `began_at` and `ended_at`, seconds of `perf_counter`: when bytes moved, once it is ready; None
-    where nobody knows.
     """
 
     __slots__ = (
-        *("__weakref__", "_error", "_is_ready", "_latch", "_lock", "_open_parts", "_pid"),
+        *("__weakref__", "_ended", "_error", "_is_ready", "_num_parts", "_pid", "_wake"),
         *("began_at", "ended_at"),
     )
 
     def __init__(self, num_parts: int = 1) -> None:
-        self._open_parts = num_parts
-        self._error: TierIOError | None = None
+        self._num_parts = num_parts
+        # What came of each part that ended. All else follows from it: an interrupt between two
+        # lines of whoever ends a part leaves nothing that is not made good by the next look.
+        self._ended: dict[object, _Ended] = {}
         self._is_ready = num_parts == 0
+        self._error: TierIOError | None = None
         self.began_at: float | None = None
+        """When its first bytes moved, seconds of `perf_counter`, once it is ready; None where
+        nobody knows."""
         self.ended_at: float | None = None
+        """When its last bytes moved, likewise."""
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._latch = threading.Lock()  # held until the last part ends; waiters queue on it
-        if not self._is_ready:
-            self._latch.acquire()
+        self._wake: SimpleQueue[None] = SimpleQueue()
 
     def is_ready(self) -> bool:
         """Whether it is done or failed, without waiting."""
-        return self._is_ready
+        return self._is_ready or self._look()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has failed, as far as is known by now."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Return when done. Raises TierIOError when it failed, each time it is called."""
-        if not self._is_ready:
+        while not (self._is_ready or self._look()):
             self.check_process()
-            with self._latch:
-                pass
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=WAKE_SECONDS)
+                self._wake.put(None)  # for the next one who waits
         if self._error is not None:
             # A fresh exception: one raised twice would grow its traceback and be shared by threads.
             message = self._error.strerror or str(self._error)
@@ -129,28 +148,46 @@ class Transfer:
                 " make a new cache after fork()"
             )
 
-    def moved(self, began: float, ended: float) -> None:
-        """Bytes of a part moved in [began, ended); for tiers that know, before the part ends."""
-        with self._lock:
-            self.began_at = min(began, self.began_at or began)
-            self.ended_at = max(ended, self.ended_at or ended)
+    def end_part(
+        self,
+        error: TierIOError | None = None,
+        *,
+        part: object = None,
+        began: float | None = None,
+        ended: float | None = None,
+    ) -> None:
+        """One part ended, failed if `error` is given. For tiers.
 
-    def end_part(self, error: TierIOError | None = None) -> None:
-        """One part ended, failed if `error` is given. For tiers; the first error wins."""
-        with self._lock:
-            assert self._open_parts > 0, "a transfer ended more often than it has parts"
-            self._error = self._error or error
-            self._open_parts -= 1
-            if self._open_parts:
-                return
-            if self.ended_at is None:
-                self.ended_at = perf_counter()
-            self._is_ready = True
-        self._latch.release()
+        part: which one, where there are several; one that has ended stays as it ended. Of several
+        errors that of the first part to end wins. began, ended: when its bytes moved, if it is
+        known (in seconds of `perf_counter`).
+        """
+        self._ended.setdefault(part, _Ended(error, began, ended or perf_counter()))
+        if self._look():
+            self._wake.put(None)
+
+    def _look(self) -> bool:
+        """Whether all parts have ended; if so, what came of them is noted."""
+        if len(self._ended) < self._num_parts:
+            return False
+        parts = list(self._ended.values())
+        self._error = next((part.error for part in parts if part.error), None)
+        self.began_at = min((part.began for part in parts if part.began is not None), default=None)
+        self.ended_at = max((part.ended for part in parts), default=None)
+        self._is_ready = True
+        return True
 
     def __repr__(self) -> str:
         state = "pending" if not self._is_ready else "failed" if self._error else "done"
         return f"Transfer({state})"
+
+
+class _Ended(NamedTuple):
+    """What came of a part of a transfer."""
+
+    error: TierIOError | None
+    began: float | None
+    ended: float
 
 
 DONE = Transfer(num_parts=0)
@@ -256,6 +293,18 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back memory, files, threads and budget. Idempotent."""
+
+
+def do_all(*steps: Callable[[], None]) -> None:
+    """Do every step, each of which may be repeated. If one raises, as an interrupt does, all are
+    done once more before it is passed on: whoever finalizes is not called again."""
+    try:
+        for step in steps:
+            step()
+    except BaseException:
+        for step in steps:
+            step()
+        raise
 
 
 def io_error(code: int | None, message: str) -> TierIOError:

@@ -10,129 +10,121 @@ import errno
 import logging
 import mmap
 import os
-import tempfile
-import threading
+import secrets
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 
 from hf_tiered_cache.errors import ConfigError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
+from hf_tiered_cache.tiers.remedies import remedy
 
 logger = logging.getLogger(__name__)
 
 FILE_MODE = 0o600
 # What a file system answers that has no unnamed files, or no direct I/O.
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
+# What has nothing to do with the file system.
+_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+class Entrance:
+    """A descriptor of the file. It is closed when nobody holds it any more: neither the file nor a
+    call under way, so that its number does not name another file a moment too early."""
+
+    __slots__ = ("__weakref__", "_fds")
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+        # In one step of C: an interrupt of Python code would be swallowed here, and the rest lost.
+        closing = weakref.finalize(self, deque, map(os.close, self._fds), 0)
+        closing.atexit = False  # the system does it
+
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+        return self._fds[0]
+
+    def open(self, path: str, flags: int) -> None:
+        """Open a file, once. Raises OSError."""
+        self._fds.append(os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, FILE_MODE))
+
+    def close_after_fork(self) -> None:
+        """Close the child's copy, whoever held it in the parent."""
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 class BlockFile:
     """An unnamed read-write file of mode 0600 with a buffered and a direct entrance.
 
     `has_direct`: whether `direct=True` may be asked for. Direct I/O needs offsets, lengths and
-    memory in multiples of 4096. Calls may come from any thread; `close()` waits for none of them:
-    the file goes when the last call under way returns, and later calls raise EBADF.
+    memory in multiples of 4096; its descriptor is opened when first asked for. Calls may come from
+    any thread; `close()` waits for none of them: the file goes when the last call under way
+    returns, and later calls raise EBADF.
     """
 
     def __init__(self, directory: str, *, want_direct: bool) -> None:
         """Raises ConfigError when no file can be made in `directory`."""
         self.directory = directory
-        self._users = 1  # this object, until close(); and every call under way
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._direct_fd: int | None = None
-        descriptors: list[int] = []
-        # Closes them in every case, also when this constructor or the owner's fails half-way.
-        self._close_descriptors = weakref.finalize(self, _close_all, descriptors)
+        self._direct: Entrance | None = None
         try:
-            self._fd = _open_unnamed(directory)
-            descriptors.append(self._fd)
+            self._buffered: Entrance | None = _open_unnamed(directory)
             os.fchmod(self._fd, FILE_MODE)
+            self.has_direct = want_direct and _takes_direct(self._fd)
         except OSError as error:
             raise ConfigError(
-                f"cannot make a file in {directory!r}: {error.strerror}; choose another folder with"
-                " disk_dir (or HF_TIERED_CACHE_DIR)"
+                f"cannot make a file in {directory!r}: {error.strerror}; {remedy(error.errno)}"
             ) from error
-        if want_direct:
-            self._direct_fd = _open_direct(self._fd)
-            if self._direct_fd is None:
-                _say_no_direct(directory)
-            else:
-                descriptors.append(self._direct_fd)
+        if want_direct and not self.has_direct:
+            _say_no_direct(directory)
 
     @property
-    def has_direct(self) -> bool:
-        """Whether the file system takes direct I/O."""
-        return self._direct_fd is not None
+    def _fd(self) -> int:
+        return self.entrance(direct=False).fd
 
-    def descriptor(self, *, direct: bool) -> int:
-        """The descriptor of an entrance, for calls that end before `close()`."""
-        fd = self._direct_fd if direct else self._fd
-        assert fd is not None, "direct I/O asked for where there is none"
-        return fd
+    def entrance(self, *, direct: bool) -> Entrance:
+        """An entrance, to be held as long as its descriptor is used. Raises OSError when the file
+        is closed, or cannot be opened once more."""
+        buffered, entrance = self._buffered, self._direct if direct else self._buffered
+        if buffered is None:
+            raise OSError(errno.EBADF, "the file of the tier is closed")
+        if entrance is None:
+            assert self.has_direct, "direct I/O asked for where there is none"
+            entrance = self._direct = _open_direct(buffered.fd)
+        return entrance
 
     def pread_into(self, buffers: list[memoryview], offset: int, *, direct: bool) -> int:
         """Fill `buffers`, one after the other, from `offset`; the bytes read, maybe fewer."""
-        return self._call(os.preadv, buffers, offset, direct)
+        entrance = self.entrance(direct=direct)
+        return os.preadv(entrance.fd, buffers, offset)
 
     def pwrite_from(self, buffers: list[memoryview], offset: int, *, direct: bool) -> int:
         """Store `buffers`, one after the other, at `offset`; the bytes written, maybe fewer."""
-        return self._call(os.pwritev, buffers, offset, direct)
+        entrance = self.entrance(direct=direct)
+        return os.pwritev(entrance.fd, buffers, offset)
 
     def reserve(self, offset: int, num_bytes: int) -> None:
         """Get disk space for `[offset, offset + num_bytes)`, if the file system can promise it."""
         if not hasattr(os, "posix_fallocate"):
             return
-        self._enter()
+        entrance = self.entrance(direct=False)
         try:
-            os.posix_fallocate(self._fd, offset, num_bytes)
+            os.posix_fallocate(entrance.fd, offset, num_bytes)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-        finally:
-            self._leave()
 
     def close(self) -> None:
         """Give the file and its space back once no call is under way. Idempotent."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-        self._leave()
+        self._buffered = self._direct = None
 
     def close_after_fork(self) -> None:
-        """Close the child's copies of the descriptors. The lock may have been held by a thread of
-        the parent, so it is not asked."""
-        self._is_closed = True
-        self._close_descriptors()
-
-    def _call(
-        self,
-        system_call: Callable[[int, list[memoryview], int], int],
-        buffers: list[memoryview],
-        offset: int,
-        direct: bool,
-    ) -> int:
-        fd = self.descriptor(direct=direct)
-        self._enter()
-        try:
-            return system_call(fd, buffers, offset)
-        finally:
-            self._leave()
-
-    def _enter(self) -> None:
-        """Keep the descriptors open: a closed number could name another file a moment later."""
-        with self._lock:
-            if self._is_closed:
-                raise OSError(errno.EBADF, "the file of the tier is closed")
-            self._users += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
-        self._close_descriptors()
+        """Close the child's copies of the descriptors."""
+        for entrance in (self._buffered, self._direct):
+            if entrance is not None:
+                entrance.close_after_fork()
 
 
 def full_transfer(
@@ -170,51 +162,54 @@ def _without_first(buffers: list[memoryview], num_bytes: int) -> list[memoryview
     return []
 
 
-def _open_unnamed(directory: str) -> int:
-    """A descriptor of a new file without a name."""
+def _open_unnamed(directory: str) -> Entrance:
+    """A new file without a name."""
+    entrance = Entrance()
     flags = getattr(os, "O_TMPFILE", None)
-    fd = -1
     if flags is not None:
         try:
-            fd = os.open(directory, flags | os.O_RDWR | os.O_CLOEXEC, FILE_MODE)
+            entrance.open(directory, flags)
+            return entrance
         except OSError as error:
             if error.errno not in _UNSUPPORTED or not os.path.isdir(directory):
                 raise
-    if fd < 0:  # a name for the moment between these two lines
-        fd, path = tempfile.mkstemp(prefix=".hf_tiered_cache.", dir=directory)
-        os.unlink(path)
-    return fd
+    # A name, for a moment.
+    path = os.path.join(directory, f".hf_tiered_cache.{secrets.token_hex(8)}")
+    try:
+        entrance.open(path, os.O_CREAT | os.O_EXCL)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    return entrance
 
 
-def _close_all(descriptors: list[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)
+def _open_direct(fd: int) -> Entrance:
+    """Another descriptor of the file of `fd`, for direct I/O."""
+    entrance = Entrance()
+    entrance.open(f"/proc/self/fd/{fd}", os.O_DIRECT)
+    return entrance
 
 
-def _open_direct(fd: int) -> int | None:
-    """A second descriptor of the file of `fd` for direct I/O, None where that does not work.
+def _takes_direct(fd: int) -> bool:
+    """Whether direct I/O works on the file of `fd`, which is empty. Raises OSError when that cannot
+    be known for want of descriptors or memory.
 
     Some file systems take the flag and refuse the I/O, so one page is written and read.
     """
-    flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
-        return None
-    direct_fd = None
+    if not hasattr(os, "O_DIRECT"):
+        return False
     try:
-        direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | flag)
+        entrance = _open_direct(fd)
         with mmap.mmap(-1, ALIGNMENT_BYTES) as page:
             # At the second page: a file system with larger sectors refuses that offset.
-            done = os.pwritev(direct_fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
-            done = done and os.preadv(direct_fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
+            done = os.pwritev(entrance.fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
+            done = done and os.preadv(entrance.fd, [page], ALIGNMENT_BYTES) == ALIGNMENT_BYTES
         os.ftruncate(fd, 0)
-        if done:
-            return direct_fd
-    except OSError:
-        pass
-    if direct_fd is not None:
-        with contextlib.suppress(OSError):
-            os.close(direct_fd)
-    return None
+        return done
+    except OSError as error:
+        if error.errno in _SCARCE:
+            raise
+        return False
 
 
 @cache

@@ -4,8 +4,6 @@ On the CPU its slab grows by what is touched. On any other torch device it is on
 whole budget, made at construction.
 """
 
-import weakref
-
 import torch
 
 from hf_tiered_cache.errors import ConfigError
@@ -45,7 +43,6 @@ class DeviceTier(MemoryTier, name="device"):
         self._pool = SlotPool(
             block_bytes, budget, self.name, step_slots=step_slots, max_slots=max_slots
         )
-        self._finalizer = weakref.finalize(self, self._pool.close)
         if self.device.type != "cpu":
             first = self._pool.allocate()
             if first is not None:
@@ -65,8 +62,8 @@ class DeviceTier(MemoryTier, name="device"):
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
         if self.lane is not None:
             self.lane.settle()
-        self._finalizer()
         self._give_back()
+        self._pool.close()
 
 
 def _allocate(num_slots: int, block_bytes: int, device: torch.device) -> torch.Tensor:

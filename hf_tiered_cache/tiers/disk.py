@@ -5,16 +5,31 @@ The checksums live in memory: the file outlives nothing, so nothing needs to be 
 
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
-from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, check_block_bytes, check_blocks
+from hf_tiered_cache.tiers.base import (
+    DONE,
+    Budget,
+    Tier,
+    Transfer,
+    check_block_bytes,
+    check_blocks,
+    do_all,
+)
 from hf_tiered_cache.tiers.block_file import BlockFile
 from hf_tiered_cache.tiers.movers import Mover, make_mover
-from hf_tiered_cache.tiers.record_jobs import ReadRecords, WriteRecords, reserve_records
+from hf_tiered_cache.tiers.record_jobs import (
+    ReadRecords,
+    RecordsJob,
+    WriteRecords,
+    reserve_records,
+)
 from hf_tiered_cache.tiers.records import RecordTable
 from hf_tiered_cache.tiers.slots import SlotPool
 
@@ -84,7 +99,7 @@ class DiskTier(Tier, name="disk"):
             step_slots=max(1, step_bytes // block_bytes),
             commit=lambda start, stop: reserve_records(file, start, stop, block_bytes),
         )
-        self._table = RecordTable(pool)
+        self._table: RecordTable[RecordsJob] = RecordTable(pool)
         if mover == "auto" and open_file is not BlockFile:
             mover = "python"
         self._mover = make_mover(mover, num_threads)
@@ -96,19 +111,23 @@ class DiskTier(Tier, name="disk"):
     def allocate(self) -> int | None:
         """A slot; see `Tier.allocate`. Raises TierIOError when the disk is full."""
         self._check_usable()
-        self._mover.settle()
-        return self._table.allocate(self._mover.wait_settled)
+        self._mover.settle(self._table.users)
+        return self._table.allocate()
 
     def free(self, slot: int) -> None:
         """Give a slot back; its disk space stays for the next one."""
         self._check_usable()
-        self._mover.settle()
+        self._mover.settle(self._table.users)
         self._table.free(slot)
 
     def drain(self) -> None:
         """Wait until no transfer is under way; see `Tier.drain`."""
         self._check_usable()
-        self._table.drain(self._mover.wait_settled)
+        for job in self._table.users:
+            if not job.is_queued:  # whoever began it was interrupted
+                self._mover.cancel(job)
+            job.transfer.outlast()
+            job.conclude_again()
 
     def keep_only(self, slots: Iterable[int]) -> None:
         """Give back every slot but these; see `Tier.keep_only`."""
@@ -147,15 +166,18 @@ class DiskTier(Tier, name="disk"):
         return self._table.num_free()
 
     def close(self) -> None:
-        """Stop the threads, cancel what is queued (it fails with TierIOError), drop the file.
+        """Cancel what is queued (it fails with TierIOError), wait for what is under way, let the
+        threads go, drop the file.
 
-        Idempotent. Also done when the tier is garbage collected, and at interpreter exit. In a
-        forked child only the child's descriptors are closed.
+        Idempotent, and may be repeated after an interrupt. Also done when the tier is garbage
+        collected, and at interpreter exit. In a forked child only the child's descriptors are
+        closed.
         """
-        self._finalizer()
+        _shut_down(self._pid, self._mover, self._table, self._file)
+        self._finalizer.detach()
 
     def _check_usable(self) -> None:
-        if not self._finalizer.alive:
+        if self._table.is_closing:
             raise ClosedCacheError("the disk tier is closed; make a new cache")
         if os.getpid() != self._pid:
             raise ClosedCacheError(
@@ -174,7 +196,7 @@ class DiskTier(Tier, name="disk"):
     def _start(
         self,
         job: type[ReadRecords] | type[WriteRecords],
-        begin: Callable[[Sequence[int]], None],
+        begin: Callable[[Sequence[RecordsJob]], None],
         slots: Sequence[int],
         blocks: Sequence[torch.Tensor],
     ) -> Transfer:
@@ -182,7 +204,8 @@ class DiskTier(Tier, name="disk"):
         if not slots:
             return DONE
         self._mover.start()
-        self._mover.settle()
+        before = self._table.users
+        self._mover.settle(before)
         pieces = self._pieces(slots)
         transfer = self._mover.transfer(len(pieces))
         jobs = [
@@ -190,18 +213,21 @@ class DiskTier(Tier, name="disk"):
                 self._file,
                 self._table,
                 transfer,
+                number,
                 slots[start:stop],
                 blocks[start:stop],
                 direct=slots[start] >= self._first_direct_slot,
             )
-            for start, stop in pieces
+            for number, (start, stop) in enumerate(pieces)
         ]
-        begin(slots)
+        begin(jobs)
         try:
-            for piece in jobs:
-                self._mover.submit(piece)
+            for one in jobs:
+                self._mover.submit(one, before)
+                one.is_queued = True
         except BaseException:  # Ctrl-C: nobody may wait for a piece that was never queued
-            self._mover.cancel(jobs)
+            for one in jobs:
+                self._mover.cancel(one)
             raise
         return transfer
 
@@ -237,14 +263,25 @@ def _check_directory(directory: str, budget: Budget) -> None:
         )
 
 
-def _shut_down(pid: int, mover: Mover, table: RecordTable, file: BlockFile) -> None:
+def _shut_down(pid: int, mover: Mover, table: RecordTable[RecordsJob], file: BlockFile) -> None:
     """Close everything of a tier. Must not refer to the tier: its finalizer holds this."""
     if os.getpid() != pid:
+        table.is_closing = True
         file.close_after_fork()
         return
-    try:
-        table.stop_waiting()
-        mover.close()
-    finally:  # also when Ctrl-C interrupts the joining
-        file.close()
-        table.close()
+    do_all(
+        table.stop_waiting, partial(_end_jobs, mover, table), mover.close, file.close, table.close
+    )
+
+
+def _end_jobs(mover: Mover, table: RecordTable[RecordsJob]) -> None:
+    """Cancel what no thread is at, wait for the rest."""
+    jobs = table.users
+    for job in jobs:
+        mover.cancel(job)
+    # Garbage collection may finalize the tier in one of the very threads.
+    own = {job.transfer for job in jobs if job.runner == threading.get_ident()}
+    for job in jobs:
+        if job.transfer not in own:
+            job.transfer.outlast()
+            job.conclude_again()

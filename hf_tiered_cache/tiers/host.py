@@ -5,10 +5,13 @@ so it grows by slabs, in background threads, before their slots are handed out.
 """
 
 import contextlib
+import errno
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,8 +19,8 @@ from transformers.utils import logging
 
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.sizes import format_bytes
-from hf_tiered_cache.tiers.base import Budget, Transfer, io_error
-from hf_tiered_cache.tiers.io_threads import IOThreads
+from hf_tiered_cache.tiers.base import Budget, Transfer, do_all, io_error
+from hf_tiered_cache.tiers.io_threads import Job, shared_threads
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
 from hf_tiered_cache.tiers.pinning import Pinning
 from hf_tiered_cache.tiers.slots import SlotPool
@@ -88,10 +91,13 @@ class HostTier(MemoryTier, name="host"):
         return slot
 
     def close(self) -> None:
-        """Stop the threads, return the memory at once, even while views of the slab are alive (they
-        read zeros). Idempotent. Also done when the tier is garbage collected."""
-        self._finalizer()
+        """Let the threads go, return the memory at once, even while views of the slab are alive
+        (they read zeros). Idempotent, and may be repeated after an interrupt. Also done when the
+        tier is garbage collected."""
+        self._slab = None
+        _shut_down(self._growth, self._pool)
         self._give_back()
+        self._finalizer.detach()
 
 
 class _Growth:
@@ -108,35 +114,54 @@ class _Growth:
         self._near = near
         self._pinned: list[int] = []  # addresses
         self._is_closed = False
-        self._threads = IOThreads(min(MAX_THREADS, os.cpu_count() or 1), "hf_tiered_cache-host")
-        # (first slot, its memory) that nobody waited for yet
-        self._slabs: deque[tuple[int, Transfer]] = deque()
+        self._threads = shared_threads(
+            min(MAX_THREADS, os.cpu_count() or 1), "hf_tiered_cache-host"
+        )
+        self._slabs: deque[_Slab] = deque()  # that nobody waited for yet
 
     def begin(self, start: int, stop: int) -> None:
-        """Get the memory of the slots `[start, stop)`."""
-        self._threads.start()
-        memory = self._slab[start:stop].view(-1)
-        pieces = memory.split(PIECE_BYTES)
-        touched, is_there = Transfer(len(pieces)), Transfer()
-        for piece in pieces:
-            self._threads.submit(_Job(partial(self._get, piece), touched))
-        # Behind the pieces in the queue: a job may wait for those before it.
-        self._threads.submit(_Job(partial(self._pin, touched, memory, stop), is_there))
-        self._slabs.append((start, is_there))
+        """Get the memory of the slots `[start, stop)`. Raises TierIOError, and changes nothing,
+        when no thread can be started."""
+        self._threads.enter(self)
+        while self._slabs and self._slabs[-1].start >= start:  # who began them was interrupted
+            self._slabs[-1].end()
+            self._slabs.pop()
+        self._slabs.append(self._new_slab(start, stop))
+        for job in self._slabs[-1].jobs:
+            self._threads.submit(job)
 
     def wait(self, slot: int) -> None:
-        """Return when the memory of the slot is there. Slots are first handed out in order."""
-        while self._slabs and self._slabs[0][0] <= slot:
-            self._slabs[0][1].wait()
+        """Return when the memory of the slot is there. Slots are first handed out in order.
+
+        Raises TierIOError when there is none; the next call tries again.
+        """
+        while self._slabs and self._slabs[0].start <= slot:
+            slab = self._slabs[0]
+            if slab.has_failed:
+                slab = self._slabs[0] = self._new_slab(slab.start, slab.stop)
+                for job in slab.jobs:
+                    self._threads.submit(job)
+            slab.is_there.wait()
             self._slabs.popleft()
 
     def close(self) -> None:
-        """Join the threads, unlock the memory."""
+        """Let the threads go, unlock the memory. May be repeated."""
         self._is_closed = True
-        self._threads.close()
+        for slab in self._slabs:
+            slab.end()
+        self._threads.leave(self)
         while self._pinned:
             assert self._pinning is not None
             self._pinning.unregister(self._pinned.pop())
+
+    def _new_slab(self, start: int, stop: int) -> "_Slab":
+        memory = self._slab[start:stop].view(-1)
+        pieces = memory.split(PIECE_BYTES)
+        touched, is_there = Transfer(len(pieces)), Transfer()
+        jobs = [_Job(partial(self._get, piece), touched, i) for i, piece in enumerate(pieces)]
+        # Behind the pieces in the queue: a job may wait for those before it.
+        jobs.append(_Job(partial(self._pin, touched, memory, stop), is_there, None))
+        return _Slab(start, stop, jobs, touched, is_there)
 
     def _get(self, memory: torch.Tensor) -> None:
         if self._near and hasattr(os, "sched_setaffinity"):
@@ -160,27 +185,59 @@ class _Growth:
         )
 
 
-class _Job:
-    """One part of getting memory; ends its transfer whatever happens."""
+@dataclass(frozen=True)
+class _Slab:
+    """The memory of the slots `[start, stop)`, on its way."""
 
-    def __init__(self, work: Callable[[], None], transfer: Transfer) -> None:
+    start: int
+    stop: int
+    jobs: list["_Job"]
+    touched: Transfer
+    is_there: Transfer
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the memory could not be had."""
+        return self.is_there.is_ready() and self.is_there.has_failed
+
+    def end(self) -> None:
+        """Cancel what no thread is at, wait for the rest. May be repeated."""
+        for job in self.jobs:
+            job.cancel()
+        # Garbage collection may finalize the tier in one of the very threads.
+        if threading.get_ident() not in {job.runner for job in self.jobs}:
+            self.touched.outlast()
+            self.is_there.outlast()
+
+
+class _Job(Job):
+    """One part of getting memory; ends its part of a transfer whatever happens."""
+
+    __slots__ = ("_part", "_transfer", "_work")
+
+    def __init__(self, work: Callable[[], None], transfer: Transfer, part: int | None) -> None:
+        super().__init__()
         self._work = work
         self._transfer = transfer
+        self._part = part
 
-    def run(self) -> None:
-        """Do it."""
+    def _run(self) -> None:
         error = None
         try:
             self._work()
         except Exception as cause:
-            error = io_error(None, f"cannot get memory for the host tier: {cause!r}")
+            error = io_error(
+                errno.ENOMEM,
+                f"cannot get memory for the host tier: {cause!r}; lower host_bytes, or end what"
+                " else takes memory",
+            )
             error.__cause__ = cause
         finally:
-            self._transfer.end_part(error)
+            self._transfer.end_part(error, part=self._part)
 
-    def cancel(self) -> None:
-        """The tier was closed first."""
-        self._transfer.end_part(io_error(None, "the host tier was closed"))
+    def _cancel(self) -> None:
+        error = io_error(errno.ECANCELED, "the host tier was closed, or its caller interrupted")
+        self._transfer.end_part(error, part=self._part)
 
 
 def _touch(memory: torch.Tensor) -> None:
@@ -190,7 +247,4 @@ def _touch(memory: torch.Tensor) -> None:
 
 def _shut_down(growth: _Growth, pool: SlotPool) -> None:
     """Close everything of a tier. Must not refer to the tier: its finalizer holds this."""
-    try:
-        growth.close()
-    finally:  # also when Ctrl-C interrupts the joining
-        pool.close()
+    do_all(growth.close, pool.close)

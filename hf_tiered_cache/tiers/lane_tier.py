@@ -4,7 +4,6 @@ Blocks in pinned memory go over the lane as they lie. Others, pageable ones and 
 through a ring of pinned bounce slots: two transfers, one behind the other.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -23,10 +22,11 @@ class BounceRing:
     def __init__(self, memory: HostTier, num_slots: int) -> None:
         """Takes the slots at once. Raises ConfigError, naming the knob, when they do not fit."""
         self._memory = memory
-        self._free: list[int] = []
-        self._relays: deque[Relay] = deque()  # that may still hold slots, in order of their start
+        # Those that may still hold slots, in order of their start. All others are free: that is
+        # worked out and not kept, so that no interrupt can hand out a slot twice.
+        self._relays: dict[Relay, list[int]] = {}
         self.num_slots = num_slots
-        for _ in range(num_slots):
+        for number in range(num_slots):
             slot = memory.allocate()
             if slot is None:
                 size = num_slots * memory.block_bytes
@@ -35,7 +35,7 @@ class BounceRing:
                     f"({format_bytes(size)}) of pinned memory are needed for what passes between "
                     "the device and the disk: raise host_bytes, or lower staging_bytes"
                 )
-            self._free.append(slot)
+            assert slot == number, "the ring has its memory for itself"
 
     def pass_through(
         self,
@@ -46,21 +46,14 @@ class BounceRing:
         """Fill bounce slots by `first`, then empty them by `second`; at most `num_slots` blocks."""
         slots = self._take(num_blocks)
         bounced = [self._memory.block(slot) for slot in slots]
-        try:
-            began = first(bounced)
-        except BaseException:
-            self._free += slots
-            raise
-        relay = Relay(began, lambda: second(bounced), lambda: self._free.extend(slots))
-        self._relays.append(relay)
+        relay = Relay(first(bounced), lambda: second(bounced))
+        self._relays[relay] = slots
         return relay
 
     def drain(self) -> None:
-        """Wait until nothing passes through any more; all slots are then free."""
+        """Wait until nothing passes through any more."""
         while self._relays:
-            self._relays[0].outlast()
-            self._relays.popleft()
-        self._free = list(range(self.num_slots))
+            self._wait_for_oldest()
 
     @property
     def is_pinned(self) -> bool:
@@ -78,16 +71,25 @@ class BounceRing:
 
     def advance(self) -> None:
         """Begin the second transfers that can begin, take back the slots of those that ended."""
-        self._relays = deque(relay for relay in self._relays if not relay.is_ready())
+        for relay in [relay for relay in self._relays if relay.is_ready()]:
+            del self._relays[relay]
 
     def _take(self, num_slots: int) -> list[int]:
         assert num_slots <= self.num_slots, "more blocks than the ring has slots"
-        if len(self._free) < num_slots:
+        if len(self._free()) < num_slots:
             self.advance()
-        while len(self._free) < num_slots:
-            self._relays.popleft().outlast()
-        taken, self._free = self._free[:num_slots], self._free[num_slots:]
-        return taken
+        while len(self._free()) < num_slots:
+            self._wait_for_oldest()
+        return self._free()[:num_slots]
+
+    def _free(self) -> list[int]:
+        held = {slot for slots in self._relays.values() for slot in slots}
+        return [slot for slot in range(self.num_slots) if slot not in held]
+
+    def _wait_for_oldest(self) -> None:
+        relay = next(iter(self._relays))
+        relay.outlast()
+        del self._relays[relay]
 
 
 class LaneTier(Tier):

@@ -120,11 +120,11 @@ class MemoryTier(Tier):
     def _give_back(self) -> None:
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
         self._slab = None
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
+        if self._mapping is not None:
             # Not mapping.close(): torch.frombuffer does not lock the mapping, so a view that is
             # still alive would point to nothing. The addresses go with the last view.
-            mapping.madvise(mmap.MADV_DONTNEED)
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+            self._mapping = None
 
     def _check_open(self) -> None:
         _ = self.slab

@@ -3,18 +3,21 @@
 The compiled threads never need the interpreter lock, so they keep the disk busy while the main
 thread computes; they move bytes and make checksums. What came of it is settled in Python: a job is
 settled by whoever waits for its transfer, or by the next verb of the tier. Python's threads run
-whole jobs; they serve machines without the compiled core, and tests put faults under them.
+whole jobs; they serve machines without the compiled core, and tests put faults under them. Either
+threads are shared by all tiers of the process.
 """
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from itertools import count
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.tiers.base import Transfer
-from hf_tiered_cache.tiers.io_threads import IOThreads
+from hf_tiered_cache.tiers.io_threads import no_thread, shared_threads
 from hf_tiered_cache.tiers.record_jobs import RecordsJob
 
 MOVERS = ("auto", "compiled", "python")
@@ -22,29 +25,25 @@ WAIT_SECONDS = 0.1  # at most this long is not interruptible
 
 
 class Mover(Protocol):
-    """Does jobs in the order they were submitted, several at a time."""
-
-    @property
-    def wait_settled(self) -> Callable[[], None] | None:
-        """Waits until a job may have been settled; None where that needs no help."""
+    """Does jobs of one tier in the order they were submitted, several at a time."""
 
     def start(self) -> None:
-        """Start the threads, unless they run. Raises RuntimeError when not even one starts."""
+        """Start the threads, unless they run. Raises TierIOError when not even one starts."""
 
     def transfer(self, num_parts: int) -> Transfer:
         """A transfer for the jobs to be submitted next."""
 
-    def submit(self, job: RecordsJob) -> None:
-        """Queue `job`; legal between `start()` and `close()`."""
+    def submit(self, job: RecordsJob, before: Sequence[RecordsJob]) -> None:
+        """Queue `job`, behind those that the tier began `before`; after `start()`."""
 
-    def cancel(self, jobs: Iterable[RecordsJob]) -> None:
-        """End those jobs that are not under way, submitted or not."""
+    def cancel(self, job: RecordsJob) -> None:
+        """End `job` unless it is under way, submitted or not. May be repeated."""
 
-    def settle(self) -> None:
-        """Settle the jobs that are done."""
+    def settle(self, jobs: Iterable[RecordsJob]) -> None:
+        """Settle those jobs that are done."""
 
     def close(self) -> None:
-        """Let the jobs under way end, cancel those queued, join the threads. Idempotent."""
+        """Let the threads go; every job has ended. May be repeated."""
 
 
 @lru_cache(maxsize=1)
@@ -65,106 +64,122 @@ def make_mover(name: str, num_threads: int) -> Mover:
     if name == "compiled" and core is None:
         raise ConfigError("mover 'compiled' needs the compiled core, which was not built")
     if core is None or name == "python":
-        return PythonMover(num_threads, "hf_tiered_cache-disk")
+        return PythonMover(num_threads)
     return CompiledMover(core, num_threads)
 
 
-class PythonMover(IOThreads):
-    """Python's threads: each job runs, and settles itself, in one of them."""
+class PythonMover:
+    """Python's threads: each job runs, and concludes itself, in one of them."""
 
-    wait_settled = None
+    def __init__(self, num_threads: int) -> None:
+        self._threads = shared_threads(num_threads, "hf_tiered_cache-disk")
+
+    def start(self) -> None:
+        """Start the threads, unless they run. Raises TierIOError when not even one starts."""
+        self._threads.enter(self)
 
     def transfer(self, num_parts: int) -> Transfer:
         """A transfer for the jobs to be submitted next."""
         return Transfer(num_parts)
 
-    def cancel(self, jobs: Iterable[RecordsJob]) -> None:
-        """End those jobs that are not under way, submitted or not."""
-        for job in jobs:
-            job.cancel()
+    def submit(self, job: RecordsJob, before: Sequence[RecordsJob]) -> None:
+        """Queue `job`; a read waits in its thread for the writes before it."""
+        self._threads.submit(job)
 
-    def settle(self) -> None:
+    def cancel(self, job: RecordsJob) -> None:
+        """End `job` unless it is under way."""
+        job.cancel()
+
+    def settle(self, jobs: Iterable[RecordsJob]) -> None:
         """Nothing to do: the threads do it."""
+
+    def close(self) -> None:
+        """Let the threads go. May be repeated."""
+        self._threads.leave(self)
+
+
+_shared_io: dict[tuple[int, int], Any] = {}  # of the compiled core, by process and threads
+# Transfers that the compiled core is at and nobody settled: it knows addresses only, and what lies
+# there must stay also when the tier is dropped.
+_kept: set["CompiledTransfer"] = set()
+_numbers = count()
 
 
 class CompiledMover:
-    """The threads of the compiled core. They hold addresses; `_open` keeps the memory alive."""
+    """The threads of the compiled core."""
 
     def __init__(self, core: ModuleType, num_threads: int) -> None:
         self._core = core
-        self._io = core.BlockIO(num_threads)
-        self._open: dict[RecordsJob, None] = {}  # submitted and not settled, in order
+        key = (os.getpid(), num_threads)
+        self._io = _shared_io.setdefault(key, core.BlockIO(num_threads))  # one step: no lock
+        self._number = next(_numbers)
 
     def start(self) -> None:
-        """Start the threads, unless they run. Raises RuntimeError when not even one starts."""
-        self._io.start()
+        """Start the threads, unless they run. Raises TierIOError when not even one starts."""
+        try:
+            self._io.enter(self._number)
+        except (RuntimeError, MemoryError) as error:
+            raise no_thread(error) from error
 
     def transfer(self, num_parts: int) -> Transfer:
         """A transfer for the jobs to be submitted next."""
         return CompiledTransfer(self, num_parts)
 
-    def submit(self, job: RecordsJob) -> None:
+    def submit(self, job: RecordsJob, before: Sequence[RecordsJob]) -> None:
         """Queue `job` behind the writes of the slots it reads."""
         slots = set(job.slots)
         job.after = [
-            other for other in self._open if other.is_write and not slots.isdisjoint(other.slots)
+            other
+            for other in before
+            if other.is_write and other.move is not None and not slots.isdisjoint(other.slots)
         ]
+        assert job.entrance is not None and isinstance(job.transfer, CompiledTransfer)
         job.move = self._core.Move(
             is_write=job.is_write,
-            fd=job.descriptor,
+            fd=job.entrance.fd,
             offset=job.offset,
             record_bytes=job.record_bytes,
             addresses=job.addresses,
             is_direct=job.is_direct,
             after=[other.move for other in job.after],
         )
-        assert isinstance(job.transfer, CompiledTransfer)
         job.transfer.jobs.append(job)
-        self._open[job] = None
+        _kept.add(job.transfer)
         self._io.submit(job.move)
 
-    def cancel(self, jobs: Iterable[RecordsJob]) -> None:
-        """End those jobs that are not under way, submitted or not."""
-        for job in jobs:
-            if job.move is None:
-                job.cancel()
-                continue
+    def cancel(self, job: RecordsJob) -> None:
+        """End `job` unless it is under way."""
+        if job.move is None:
+            job.cancel()
+        else:
             self._io.cancel(job.move)
-            self._open[job] = None
-        self.settle()
+            self.is_done(job)
 
     def is_done(self, job: RecordsJob) -> bool:
         """Whether the core is through with `job`; it is settled then."""
         if not job.move.is_done:
             return False
         job.settle()
-        self._open.pop(job, None)
         return True
 
     def wait(self, job: RecordsJob) -> None:
-        """Wait until `job` is done and settled, by us or by another thread soon."""
+        """Wait until `job` is done, and settle it."""
         while not self._io.wait(job.move, WAIT_SECONDS):
             pass  # here Ctrl-C comes through
         self.is_done(job)
 
-    def settle(self) -> None:
-        """Settle the jobs that are done."""
-        for job in list(self._open):
-            self.is_done(job)
-
-    def wait_settled(self) -> None:
-        """Wait for the oldest job that is not settled, or for a while."""
-        for job in list(self._open)[:1]:
-            self._io.wait(job.move, WAIT_SECONDS)
-        self.settle()
+    def settle(self, jobs: Iterable[RecordsJob]) -> None:
+        """Settle those jobs that are done."""
+        for job in jobs:
+            if job.move is not None:
+                self.is_done(job)
 
     def close(self) -> None:
-        """Let the moves under way end, cancel those queued, join the threads. Idempotent.
-
-        Transfers are settled by whoever asks for them, also later.
-        """
-        self._io.close()
-        self._open.clear()
+        """Let the threads go. May be repeated."""
+        self._io.leave(self._number)
+        for transfer in list(_kept):  # of tiers that were dropped in the middle of an interrupt
+            if all(job.move.is_done for job in transfer.jobs):
+                _kept.discard(transfer)
 
 
 class CompiledTransfer(Transfer):
@@ -175,7 +190,7 @@ class CompiledTransfer(Transfer):
     def __init__(self, mover: CompiledMover, num_parts: int) -> None:
         super().__init__(num_parts)
         self._mover = mover
-        self.jobs: list[RecordsJob] = []  # until it is ready
+        self.jobs: list[RecordsJob] = []  # submitted; until it is ready
 
     def is_ready(self) -> bool:
         """Whether it is done or failed, without waiting."""
@@ -183,7 +198,7 @@ class CompiledTransfer(Transfer):
             for job in list(self.jobs):
                 if not self._mover.is_done(job):
                     return False
-        return self._is_ready
+        return super().is_ready()
 
     def wait(self) -> None:
         """Return when done. Raises TierIOError when it failed, each time it is called."""
@@ -193,8 +208,9 @@ class CompiledTransfer(Transfer):
                 self._mover.wait(job)
         super().wait()
 
-    def end_part(self, error: TierIOError | None = None) -> None:
-        """One part ended, failed if `error` is given."""
-        super().end_part(error)
+    def end_part(self, error: TierIOError | None = None, **when: Any) -> None:
+        """One part ended; see `Transfer.end_part`."""
+        super().end_part(error, **when)
         if self._is_ready:
+            _kept.discard(self)
             self.jobs.clear()

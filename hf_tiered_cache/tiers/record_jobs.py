@@ -7,10 +7,9 @@ came of it.
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -18,65 +17,88 @@ import xxhash
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.tiers.base import Transfer, io_error
-from hf_tiered_cache.tiers.block_file import BlockFile, full_transfer, stood_still
-from hf_tiered_cache.tiers.records import RecordTable
+from hf_tiered_cache.tiers.block_file import BlockFile, Entrance, full_transfer, stood_still
+from hf_tiered_cache.tiers.io_threads import Job
+from hf_tiered_cache.tiers.records import Record, RecordTable
+from hf_tiered_cache.tiers.remedies import remedy
 
 # Why a move of the compiled core ended, besides errno (csrc/block_io.h).
 END_OF_FILE, CANCELLED = -1, -2
 
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+class Outcome(NamedTuple):
+    """What came of a job."""
+
+    error: TierIOError | None
+    checksums: Sequence[bytes] = ()  # of what a write stored
+    began: float | None = None
+    ended: float | None = None
 
 
-class RecordsJob:
-    """One part of a transfer: the records of consecutive slots.
+class RecordsJob(Job):
+    """One part of a transfer: the records of consecutive slots; a user of the table.
 
-    Its part ends whatever happens, and once: the first of `run`, `settle` and `cancel` claims the
-    job. `move` and `after` (the writes it follows) are the compiled mover's.
+    Whoever learns what came of it concludes it: the Python thread that ran it, whoever settles it,
+    or whoever cancels it. It has one outcome, the first; concluding it may be repeated.
+    `is_queued`: the mover has it. `move` and `after` (the writes it follows) are the compiled
+    mover's.
     """
 
     is_write = False
     __slots__ = (
-        *("_blocks", "_claim", "_file", "_table"),
-        *("after", "is_direct", "move", "slots", "transfer"),
+        *("_blocks", "_file", "_number", "_outcome", "_table"),
+        *("after", "entrance", "is_direct", "is_queued", "move", "records", "slots", "transfer"),
     )
 
     def __init__(
         self,
         file: BlockFile,
-        table: RecordTable,
+        table: "RecordTable[RecordsJob]",
         transfer: Transfer,
+        number: int,
         slots: Sequence[int],
         blocks: Sequence[torch.Tensor],
         *,
         direct: bool,
     ) -> None:
-        self._claim = threading.Lock()
+        """number: of the part of the transfer. Raises TierIOError when the file cannot be opened
+        for such a job."""
+        super().__init__()
         self._file = file
         self._table = table
         self._blocks = blocks
+        self._number = number
+        self._outcome: Outcome | None = None
         self.transfer = transfer
         self.slots = slots
+        self.records: Sequence[Record] = ()
         self.is_direct = direct
+        self.is_queued = False
         self.move: Any = None
         self.after: list[RecordsJob] = []
+        try:
+            # Held while the file is used, so that it stays open.
+            self.entrance: Entrance | None = file.entrance(direct=direct)
+        except OSError as error:
+            raise _failure("open", file, slots, self.offset, error) from error
 
-    def run(self) -> None:
-        """Move the records, then end the part."""
-        self._conclude(self._move)
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known what came of it."""
+        return self._outcome is not None
 
     def settle(self) -> None:
         """The compiled core is through with `move`: see what came of it, then end the part."""
-        self._conclude(self._settle)
+        with self._table.lock:
+            if self._outcome is None:
+                self._conclude(self._attempt(self._settle))
+            else:
+                self.conclude_again()
 
-    def cancel(self) -> None:
-        """End the part: the tier was closed, or its caller interrupted, before its turn came."""
-        if self._claim.acquire(blocking=False):
-            self._end(self._cancelled())
-
-    @property
-    def descriptor(self) -> int:
-        """Of the file; open until the tier is closed."""
-        return self._file.descriptor(direct=self.is_direct)
+    def conclude_again(self) -> None:
+        """Do what is left to do, where that was interrupted; nothing while it is under way."""
+        if self._outcome is not None:
+            self._conclude(self._outcome)
 
     @property
     def offset(self) -> int:
@@ -95,46 +117,55 @@ class RecordsJob:
 
     _verb = ""
 
-    def _move(self) -> None:
-        """Move the records with Python's system calls, see to their checksums and states."""
+    def _move(self) -> Sequence[bytes]:
+        """Move the records with Python's system calls and verify them; the checksums of a write."""
         raise NotImplementedError
 
-    def _settle(self) -> None:
-        """See to the checksums and states of records that `move` moved."""
+    def _settle(self) -> Sequence[bytes]:
+        """Verify the records that `move` moved; the checksums of a write."""
         raise NotImplementedError
 
-    def _conclude(self, work: Callable[[], None]) -> None:
-        """Do `work`, then end the part; errors go to whoever waits for the transfer."""
-        if not self._claim.acquire(blocking=False):
-            return
-        failure: TierIOError | None = None
+    def _run(self) -> None:
+        self._conclude(self._attempt(self._move))
+
+    def _cancel(self) -> None:
+        self._conclude(Outcome(self._cancelled()))
+
+    def _attempt(self, work: Callable[[], Sequence[bytes]]) -> Outcome:
+        """Do `work`; errors go to whoever waits for the transfer. What is no error but an interrupt
+        passes, and leaves the job as it was."""
+        error: TierIOError | None = None
+        checksums: Sequence[bytes] = ()
         began = perf_counter()
         try:
-            work()
-        except TierIOError as error:
-            failure = error
-        except OSError as error:
-            failure = _failure(self._verb, self._file, self.slots, self.offset, error)
-        except Exception as error:
-            failure = TierIOError(f"cannot {self._verb} {_names(self.slots)}: {error!r}")
-            failure.__cause__ = error
-        except BaseException:  # Ctrl-C while the main thread settles
-            failure = self._cancelled()
-            raise
-        finally:
-            if self.move is None:
-                self.transfer.moved(began, perf_counter())
-            elif self.move.error != CANCELLED:
-                self.transfer.moved(self.move.began, self.move.ended)
-            self._end(failure)
+            checksums = work()
+        except TierIOError as failure:
+            error = failure
+        except OSError as cause:
+            error = _failure(self._verb, self._file, self.slots, self.offset, cause)
+        except MemoryError:
+            refusal = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            error = _failure(self._verb, self._file, self.slots, self.offset, refusal)
+        except Exception as cause:
+            error = io_error(None, f"cannot {self._verb} {_names(self.slots)}: {cause!r}")
+            error.__cause__ = cause
+        if self.move is None:
+            return Outcome(error, checksums, began, perf_counter())
+        if self.move.error == CANCELLED:
+            return Outcome(error)
+        return Outcome(error, checksums, self.move.began, self.move.ended)
 
-    def _end(self, error: TierIOError | None) -> None:
-        # The table first: who waited for the transfer finds its slots free to use.
-        self.after = []
-        try:
-            self._table.end(self.slots)
-        finally:
-            self.transfer.end_part(error)
+    def _conclude(self, outcome: Outcome) -> None:
+        """End the part. Under the lock: who waited for the transfer finds its slots free to use."""
+        with self._table.lock:
+            if self._outcome is None:
+                if self.is_write:
+                    self._table.note(self, outcome.checksums, str(outcome.error or ""))
+                self._outcome = outcome
+            error, _, began, ended = self._outcome
+            self.after, self.entrance = [], None
+            self.transfer.end_part(error, part=self._number, began=began, ended=ended)
+            self._table.forget(self)
 
     def _cancelled(self) -> TierIOError:
         return io_error(
@@ -174,8 +205,8 @@ class ReadRecords(RecordsJob):
     _verb = "load"
     __slots__ = ()
 
-    def _move(self) -> None:
-        checksums = self._stored_checksums()
+    def _move(self) -> Sequence[bytes]:
+        checksums = self._checksums(self._table.wait_written)
         blocks = self._views()
         views = self._aligned_views() if self._needs_copy() else blocks
         full_transfer(self._file.pread_into, views, self.offset, direct=self.is_direct)
@@ -183,19 +214,21 @@ class ReadRecords(RecordsJob):
         if views is not blocks:
             for block, view in zip(blocks, views, strict=True):
                 block[:] = view
+        return ()
 
-    def _settle(self) -> None:
+    def _settle(self) -> Sequence[bytes]:
         for job in self.after:  # they are done: the core began this move when they were
             job.settle()
-        checksums = self._stored_checksums()
+        checksums = self._checksums(self._table.written)
         self._check_moved()
         self._verify(checksums, self.move.checksums)
+        return ()
 
-    def _stored_checksums(self) -> list[bytes]:
-        """What the records must have, once the writes under way have ended."""
+    def _checksums(self, written: Callable[[Record], tuple[bytes, str]]) -> list[bytes]:
+        """What the records must have, as `written` tells it."""
         checksums = []
-        for slot in self.slots:
-            checksum, failure = self._table.wait_written(slot)
+        for slot, record in zip(self.slots, self.records, strict=True):
+            checksum, failure = written(record)
             if failure:
                 raise TierIOError(f"cannot load record {slot}, it was not stored: {failure}")
             checksums.append(checksum)
@@ -225,7 +258,7 @@ class WriteRecords(RecordsJob):
     _verb = "store"
     __slots__ = ()
 
-    def _move(self) -> None:
+    def _move(self) -> Sequence[bytes]:
         blocks = self._views()
         # Before the write: bytes that change under it are noticed when they are loaded.
         checksums = [xxhash.xxh3_128_digest(block) for block in blocks]
@@ -235,21 +268,11 @@ class WriteRecords(RecordsJob):
             for view, block in zip(views, blocks, strict=True):
                 view[:] = block
         full_transfer(self._file.pwrite_from, views, self.offset, direct=self.is_direct)
-        self._written(checksums)
+        return checksums
 
-    def _settle(self) -> None:
+    def _settle(self) -> Sequence[bytes]:
         self._check_moved()
-        self._written(self.move.checksums)
-
-    def _written(self, checksums: Sequence[bytes]) -> None:
-        for slot, checksum in zip(self.slots, checksums, strict=True):
-            self._table.written(slot, checksum)
-
-    def _end(self, error: TierIOError | None) -> None:
-        if error is not None:
-            for slot in self.slots:
-                self._table.not_written(slot, str(error))
-        super()._end(error)
+        return self.move.checksums
 
 
 def reserve_records(file: BlockFile, start: int, stop: int, block_bytes: int) -> None:
@@ -269,17 +292,11 @@ def _failure(
     verb: str, file: BlockFile, slots: Sequence[int], offset: int, error: OSError
 ) -> TierIOError:
     """What failed, where, and what to do about it."""
-    if error.errno in _FULL_DISK:
-        remedy = "free space there, or choose another folder with disk_dir"
-    elif error.errno == errno.EFBIG:
-        remedy = "files may not grow that large: raise `ulimit -f` or lower disk_bytes"
-    else:
-        remedy = "check the disk (the kernel's log says more), or choose another folder: disk_dir"
     code = error.errno or errno.EIO
     failure = io_error(
         code,
         f"cannot {verb} {_names(slots)} of the unnamed file in {file.directory!r} at byte {offset}:"
-        f" {error.strerror or os.strerror(code)}; {remedy}",
+        f" {error.strerror or os.strerror(code)}; {remedy(code)}",
     )
     failure.__cause__ = error
     return failure

@@ -1,10 +1,13 @@
 """What is known of each record of a block file: its state and its checksum. No I/O."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
+from itertools import chain
+from typing import Generic, Protocol, TypeVar
 
 from hf_tiered_cache.errors import BlockStateError
+from hf_tiered_cache.tiers.base import WAKE_SECONDS, Transfer
 from hf_tiered_cache.tiers.slots import SlotPool
 
 
@@ -17,41 +20,73 @@ class RecordState(Enum):
     FAILED = "failed"  # its write failed; it may be written again, or freed
 
 
+class User(Protocol):
+    """A part of a transfer, from `begin_read` or `begin_write` until it `has_ended`."""
+
+    is_write: bool
+    slots: Sequence[int]
+    records: Sequence["Record"]
+    transfer: Transfer
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known what came of it."""
+
+
 class Record:
-    """State of one allocated slot.
+    """What is in the file for one slot, as long as the slot is handed out.
 
-        EMPTY, STORED, FAILED --begin_write--> WRITING --written------> STORED
-                                               WRITING --not_written--> FAILED
-
-    `num_transfers` are under way. A record freed meanwhile is retired: its slot is handed out again
-    only when they have ended, so that they cannot meet the next owner's bytes.
+    EMPTY, STORED, FAILED --begin_write--> WRITING --note a checksum--> STORED
+                                           WRITING --note a failure---> FAILED
     """
 
-    __slots__ = ("checksum", "failure", "is_retired", "num_transfers", "state")
+    __slots__ = ("checksum", "failure", "writer")
 
     def __init__(self) -> None:
-        self.state = RecordState.EMPTY
         self.checksum = b""
         self.failure = ""
-        self.num_transfers = 0
-        self.is_retired = False
+        self.writer: User | None = None  # until it is forgotten
+
+    @property
+    def state(self) -> RecordState:
+        """See `RecordState`; it follows from the rest."""
+        if self.writer is not None and not self.writer.has_ended:
+            return RecordState.WRITING
+        if self.failure:
+            return RecordState.FAILED
+        return RecordState.STORED if self.checksum else RecordState.EMPTY
 
 
-class RecordTable:
-    """The records of one file by slot. Thread-safe; shared by the tier and its I/O threads."""
+AnyUser = TypeVar("AnyUser", bound=User)
+
+
+class RecordTable(Generic[AnyUser]):
+    """The records of one file by slot. Thread-safe; shared by the tier and its I/O threads.
+
+    A slot is handed out while it has a record here. One that was freed with users keeps the pool's
+    slot, so that they cannot meet the next owner's bytes: it is retired until they have ended. Who
+    ends a user takes `lock`, and may do all of it again after an interrupt.
+    """
 
     def __init__(self, pool: SlotPool) -> None:
+        # Reentrant: garbage collection in here may finalize the tier, which closes this table.
+        # Taken by itself and not through the condition, whose own code could be interrupted.
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
         self._pool = pool
         self._records: dict[int, Record] = {}
-        self._num_retired = 0
-        self._is_closing = False
-        # Reentrant: garbage collection in here may finalize the tier, which closes this table.
-        self._changed = threading.Condition(threading.RLock())
+        self._users: dict[AnyUser, None] = {}  # under way, and maybe some that ended
+        self.is_closing = False
+
+    @property
+    def users(self) -> list[AnyUser]:
+        """Those that began and were not forgotten, in order."""
+        return list(self._users)
 
     @property
     def num_used(self) -> int:
         """Slots handed out and not freed."""
-        return self._pool.num_used - self._num_retired
+        return len(self._records)
 
     @property
     def committed_bytes(self) -> int:
@@ -60,148 +95,158 @@ class RecordTable:
 
     def num_free(self) -> int:
         """Slots that can be handed out, retired ones included."""
-        with self._changed:
-            return self._pool.num_free() + self._num_retired
+        with self.lock:
+            return self._pool.num_free() + self._pool.num_used - len(self._records)
 
     def check_allocated(self, slots: Sequence[int]) -> None:
         """Raise BlockStateError unless every slot is allocated."""
-        self._pool.check(slots)
+        for slot in slots:
+            self._record(slot)
 
-    def allocate(self, wait: Callable[[], None] | None = None) -> int | None:
-        """The lowest free slot. Waits for a retired one when no other is left.
-
-        wait: waits for a transfer to end where somebody has to (without our lock, then).
-        """
+    def allocate(self) -> int | None:
+        """The lowest free slot. Waits for the users of a retired one when no other is left."""
         while True:
-            with self._changed:
+            with self.lock:
                 slot = self._pool.allocate()
+                if slot is None and self._free_retired(self._pool.used):
+                    slot = self._pool.allocate()
                 if slot is not None:
                     self._records[slot] = Record()
                     return slot
-                if not self._num_retired:
-                    return None
-                if wait is None:
-                    self._changed.wait()
-                    continue
-            wait()
+                user = self._user_of_retired()
+            if user is None:
+                return None
+            user.transfer.outlast()
 
     def free(self, slot: int) -> None:
-        """Hand `slot` back, once its transfers have ended. Raises BlockStateError."""
-        with self._changed:
-            record = self._record(slot)
-            if record.num_transfers:
-                record.is_retired = True
-                self._num_retired += 1
-            else:
-                del self._records[slot]
-                self._pool.free(slot)
-
-    def drain(self, wait: Callable[[], None] | None = None) -> None:
-        """Return when no transfer is under way. wait: as in `allocate`."""
-        while True:
-            with self._changed:
-                if not any(record.num_transfers for record in self._records.values()):
-                    return
-                if wait is None:
-                    self._changed.wait()
-                    continue
-            wait()
+        """Hand `slot` back, once its users have ended. Raises BlockStateError."""
+        with self.lock:
+            self._record(slot)
+            del self._records[slot]
+            self._free_retired([slot])
 
     def keep_only(self, slots: Iterable[int]) -> None:
-        """Let exactly `slots` be handed out; those that were not are FAILED. After `drain`."""
-        with self._changed:
+        """Let exactly `slots` be handed out; those that were not are FAILED. Nothing has users."""
+        with self.lock:
             kept = set(slots)
             self._pool.keep_only(kept)
             self._records = {slot: self._records.get(slot) or _adopted() for slot in kept}
-            self._num_retired = 0
 
-    def begin_read(self, slots: Sequence[int]) -> None:
-        """A transfer of the slots begins. Raises BlockStateError, and changes nothing."""
-        with self._changed:
-            for slot in slots:
+    def begin_read(self, users: Sequence[AnyUser]) -> None:
+        """Users of their slots begin. Raises BlockStateError, and changes nothing."""
+        with self.lock:
+            for slot in _slots_of(users):
                 if self._record(slot).state is RecordState.EMPTY:
                     raise BlockStateError(_bug(slot, "is read but was never written"))
-            for slot in slots:
-                self._records[slot].num_transfers += 1
+            self._begin(users)
 
-    def begin_write(self, slots: Sequence[int]) -> None:
+    def begin_write(self, users: Sequence[AnyUser]) -> None:
         """The slots become WRITING. Raises BlockStateError, and changes nothing."""
-        with self._changed:
-            for index, slot in enumerate(slots):
-                if self._record(slot).num_transfers:
+        with self.lock:
+            busy, named = self._busy_slots(), set()
+            for slot in _slots_of(users):
+                self._record(slot)
+                if slot in busy:
                     raise BlockStateError(_bug(slot, "is written with a transfer under way"))
-                if slot in slots[:index]:
+                if slot in named:
                     raise BlockStateError(_bug(slot, "comes twice in one write"))
-            for slot in slots:
-                record = self._records[slot]
-                record.num_transfers += 1
-                record.state = RecordState.WRITING
+                named.add(slot)
+            self._begin(users)
+            for user in users:
+                for record in user.records:
+                    record.writer = user
 
-    def written(self, slot: int, checksum: bytes) -> None:
-        """The bytes of `slot` are in the file."""
-        with self._changed:
-            record = self._records[slot]
-            record.state, record.checksum, record.failure = (RecordState.STORED, checksum, "")
+    def note(self, user: AnyUser, checksums: Sequence[bytes], failure: str) -> None:
+        """What came of a write: its bytes are in the file, or nobody knows what is, and why."""
+        with self.lock:
+            for index, record in enumerate(user.records):
+                if record.writer is user:
+                    record.failure = failure
+                    record.checksum = b"" if failure else checksums[index]
+
+    def forget(self, user: AnyUser) -> None:
+        """A user has ended; of its slots those that are retired may be handed out again."""
+        with self.lock:
+            self._users.pop(user, None)
+            for record in user.records:
+                if record.writer is user:
+                    record.writer = None  # it keeps memory alive
+            if not self.is_closing:
+                self._free_retired(user.slots)
             self._changed.notify_all()
 
-    def not_written(self, slot: int, failure: str) -> None:
-        """The write of `slot` failed: nobody knows what is in the file."""
-        with self._changed:
-            record = self._records[slot]
-            record.state, record.checksum, record.failure = (RecordState.FAILED, b"", failure)
-            self._changed.notify_all()
+    def wait_written(self, record: Record) -> tuple[bytes, str]:
+        """Wait for the write of a record, if one is under way; its checksum, or why it has none.
 
-    def wait_written(self, slot: int) -> tuple[bytes, str]:
-        """Wait for the write of `slot`, if one is under way; its checksum, or why it has none."""
-        with self._changed:
-            record = self._records[slot]
-            while record.state is RecordState.WRITING and not self._is_closing:
-                self._changed.wait()
+        In an I/O thread: in the main thread an interrupt could come in the middle of the waiting.
+        """
+        with self.lock:
+            while record.state is RecordState.WRITING and not self.is_closing:
+                self._changed.wait(WAKE_SECONDS)
+            return self.written(record)
+
+    def written(self, record: Record) -> tuple[bytes, str]:
+        """The checksum of a record, or why it has none."""
+        with self.lock:
             if record.state is RecordState.WRITING:
-                return b"", "the tier was closed first"
+                return b"", "its write was interrupted, or the tier closed first"
             return record.checksum, record.failure
 
-    def end(self, slots: Iterable[int]) -> None:
-        """A transfer of these slots ended; retired ones may be handed out again."""
-        with self._changed:
-            for slot in slots:
-                record = self._records[slot]
-                record.num_transfers -= 1
-                if record.is_retired and record.num_transfers == 0 and not self._is_closing:
-                    self._num_retired -= 1
-                    del self._records[slot]
-                    self._pool.free(slot)
-            self._changed.notify_all()
-
     def stop_waiting(self) -> None:
-        """The tier closes: nobody waits in `wait_written` any longer."""
-        with self._changed:
-            self._is_closing = True
+        """The tier closes: nobody waits in `wait_written` any longer. Idempotent."""
+        self.is_closing = True
+        with self.lock:
             self._changed.notify_all()
 
     def close(self) -> None:
         """Release the budget; after `stop_waiting`. Idempotent.
 
-        The records stay: a transfer that is still under way ends in them.
+        The records stay: a user that is still under way ends in them.
         """
-        with self._changed:
+        with self.lock:
             self._pool.close()
+
+    def _begin(self, users: Sequence[AnyUser]) -> None:
+        for user in users:
+            user.records = [self._records[slot] for slot in user.slots]
+        self._users.update(dict.fromkeys(users))  # one step
+
+    def _busy_slots(self) -> set[int]:
+        return set(_slots_of(user for user in self._users if not user.has_ended))
+
+    def _free_retired(self, slots: Iterable[int]) -> bool:
+        """Give the pool those of the slots that nobody has and nobody uses; whether there were."""
+        unused = {slot for slot in slots if slot not in self._records} & self._pool.used
+        unused = unused and unused - self._busy_slots()
+        for slot in unused:
+            self._pool.free(slot)
+        return bool(unused)
+
+    def _user_of_retired(self) -> AnyUser | None:
+        for user in self._users:
+            if not user.has_ended and any(slot not in self._records for slot in user.slots):
+                return user
+        return None
 
     def _record(self, slot: int) -> Record:
         """The record of `slot`. Raises BlockStateError when it is not handed out."""
         record = self._records.get(slot)
         if record is None:
+            if slot in self._pool.used:
+                raise BlockStateError(_bug(slot, "was freed"))
             self._pool.check([slot])  # raises, and knows why
-            raise AssertionError(f"slot {slot} is handed out but has no record")
-        if record.is_retired:
-            raise BlockStateError(_bug(slot, "was freed"))
+            raise AssertionError("the pool gave a slot away that it does not have")
         return record
+
+
+def _slots_of(users: Iterable[User]) -> Iterable[int]:
+    return chain.from_iterable(user.slots for user in users)
 
 
 def _adopted() -> Record:
     """A record whose slot had been freed: nobody knows what is in the file."""
     record = Record()
-    record.state, record.failure = RecordState.FAILED, "its slot had been given back"
+    record.failure = "its slot had been given back"
     return record
 
 

@@ -3,26 +3,20 @@
 import contextlib
 from collections.abc import Callable, Sequence
 
-from hf_tiered_cache.errors import TierIOError
-from hf_tiered_cache.tiers.base import Transfer
+from hf_tiered_cache.errors import TieredCacheError, TierIOError
+from hf_tiered_cache.tiers.base import Transfer, io_error
 
 
 class Relay(Transfer):
-    """Two transfers, the second begun when the first has ended and somebody looks.
+    """Two transfers, the second begun when the first has ended and somebody looks."""
 
-    `at_end` is called when both have ended, or the first has failed.
-    """
+    __slots__ = ("_begin_second", "_first", "_second")
 
-    __slots__ = ("_at_end", "_begin_second", "_first", "_second")
-
-    def __init__(
-        self, first: Transfer, begin_second: Callable[[], Transfer], at_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, first: Transfer, begin_second: Callable[[], Transfer]) -> None:
         super().__init__()
         self._first = first
         self._begin_second = begin_second
         self._second: Transfer | None = None
-        self._at_end = at_end
 
     def is_ready(self) -> bool:
         """Whether both are done, or one failed; begins the second if it is time."""
@@ -61,7 +55,9 @@ class Relay(Transfer):
             self._second.wait()
         except TierIOError as failure:
             error = failure
-        self._at_end()
+        except TieredCacheError as failure:  # it was begun already, and who did was interrupted
+            error = io_error(None, f"cannot go on with a transfer that was interrupted: {failure}")
+            error.__cause__ = failure
         self.end_part(error)
 
 

@@ -1,8 +1,9 @@
 """Which slots are taken: lowest first, within a budget. Knows no bytes but their number."""
 
+import contextlib
 import heapq
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.tiers.base import Budget
@@ -11,8 +12,11 @@ from hf_tiered_cache.tiers.base import Budget
 class SlotPool:
     """Hands out slots `[0, committed)` lowest first, and commits more of them as the budget allows.
 
-    A slot is committed once, on its first use: its bytes are reserved in the budget, then
+    A slot is committed once, on its first use: its bytes are held of the budget, then
     `commit(start, stop)` may get the room for them. Freed slots stay committed. Thread-safe.
+
+    What is handed out is in `_used`, what is committed in `_num_committed`, and each of the two
+    changes in one step: wherever a caller is interrupted, nothing else has to agree with them.
     """
 
     def __init__(
@@ -37,10 +41,16 @@ class SlotPool:
         self._max_slots = budget.limit_bytes // block_bytes if max_slots is None else max_slots
         self._commit = commit
         self._num_committed = 0
-        self._free: list[int] = []  # a heap
         self._used: set[int] = set()
+        # A heap of every slot that is committed and not used; others in it are passed over.
+        self._free: list[int] = []
         # Reentrant: garbage collection in here may finalize the tier and close this pool.
         self._lock = threading.RLock()
+
+    @property
+    def used(self) -> Set[int]:
+        """The slots handed out."""
+        return self._used
 
     @property
     def num_used(self) -> int:
@@ -58,29 +68,33 @@ class SlotPool:
             room = min(
                 self._max_slots - self._num_committed, self._budget.free_bytes // self._block_bytes
             )
-            return len(self._free) + room
+            return self._num_ready() + room
 
     def allocate(self) -> int | None:
         """The lowest free slot; None when the budget is spent. What `commit` raises is raised."""
         with self._lock:
-            if not self._free and not self._grow():
+            if not self._num_ready() and not self._grow():
                 return None
-            slot = heapq.heappop(self._free)
+            while not self._is_free(self._free[0]):
+                heapq.heappop(self._free)
+            slot = self._free[0]
             self._used.add(slot)
+            heapq.heappop(self._free)
             return slot
 
     def grow_ahead(self) -> None:
-        """Commit a whole step more, where the budget has it, once less than half of one is left."""
-        with self._lock:
-            if len(self._free) < self._step_slots // 2:
+        """Commit a whole step more, where the budget has it, once less than half of one is left.
+        What cannot be had is not needed yet: whoever needs it is told."""
+        with self._lock, contextlib.suppress(TierIOError):
+            if self._num_ready() < self._step_slots // 2:
                 self._commit_slots(self._step_slots)
 
     def free(self, slot: int) -> None:
         """Take `slot` back. Raises BlockStateError when it was not handed out."""
         with self._lock:
             self.check([slot])
-            self._used.remove(slot)
             heapq.heappush(self._free, slot)
+            self._used.remove(slot)
 
     def keep_only(self, slots: Iterable[int]) -> list[int]:
         """Let exactly `slots` be handed out; those that were and are no more are returned.
@@ -93,27 +107,27 @@ class SlotPool:
                 if slot not in range(self._num_committed):
                     self.check([slot])
             surplus = sorted(self._used - kept)
+            self._free = list(range(self._num_committed))
             self._used = kept
-            self._free = [slot for slot in range(self._num_committed) if slot not in kept]
+            self._budget.hold(self, self.committed_bytes)
             return surplus
 
     def check(self, slots: Iterable[int]) -> None:
         """Raise BlockStateError unless every slot is handed out."""
         for slot in slots:
             if slot not in self._used:
-                known = "was freed" if slot in self._free else "was never allocated"
+                known = "was freed" if self._is_free(slot) else "was never allocated"
                 raise BlockStateError(
                     f"tier {self._tier_name!r}: slot {slot} {known}; a bug of this package, please"
                     " report it"
                 )
 
     def close(self) -> None:
-        """Release everything this pool holds of the budget. Idempotent."""
+        """Hold nothing of the budget any more, and hand out nothing. Idempotent."""
         with self._lock:
-            self._budget.release(self.committed_bytes)
             self._num_committed = self._max_slots = 0
-            self._free.clear()
             self._used.clear()
+            self._budget.hold(self, 0)
 
     def _grow(self) -> bool:
         """Commit a step of slots, or one where a step does not fit; whether any was committed."""
@@ -129,16 +143,23 @@ class SlotPool:
     def _commit_slots(self, num_slots: int) -> bool:
         """Commit so many slots; False, and nothing changed, where they do not fit."""
         start, stop = self._num_committed, self._num_committed + num_slots
-        num_bytes = num_slots * self._block_bytes
-        if num_slots == 0 or stop > self._max_slots or not self._budget.reserve(num_bytes):
+        if num_slots == 0 or stop > self._max_slots:
             return False
         try:
+            if not self._budget.hold(self, stop * self._block_bytes):
+                return False
             if self._commit is not None:
                 self._commit(start, stop)
+            self._free = sorted([*self._free, *range(start, stop)])
+            self._num_committed = stop
         except BaseException:
-            self._budget.release(num_bytes)
+            self._budget.hold(self, self.committed_bytes)
             raise
-        self._num_committed = stop
-        for slot in range(start, stop):
-            heapq.heappush(self._free, slot)
         return True
+
+    def _num_ready(self) -> int:
+        """Committed slots that are not handed out."""
+        return self._num_committed - len(self._used)
+
+    def _is_free(self, slot: int) -> bool:
+        return slot in range(self._num_committed) and slot not in self._used

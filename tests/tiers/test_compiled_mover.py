@@ -209,9 +209,10 @@ def test_memory_of_a_dropped_transfer_lives_until_it_is_done(tmp_path):
         tier.read(slots, list(out)).wait()
         assert torch.equal(out, data)
         deadline = time.monotonic() + 5
-        while tier._mover._open and time.monotonic() < deadline:
-            tier._mover.settle()  # a slot with a transfer under way may not be written
-        assert not tier._mover._open
+        while tier._table.users and time.monotonic() < deadline:
+            tier._mover.settle(tier._table.users)  # one with a transfer may not be written
+        assert not tier._table.users
+        assert not movers._kept
     tier.close()
 
 
@@ -284,18 +285,20 @@ def test_several_threads_wait_for_one_transfer(stuck):
     assert len(failed) == 4
 
 
-def test_ctrl_c_while_it_is_settled_ends_the_transfer(tmp_path, monkeypatch):
+def test_what_was_interrupted_while_it_was_settled_is_settled_by_the_next_wait(
+    tmp_path, monkeypatch
+):
     tier, slots, data = stored_tier(tmp_path)
+    out = torch.zeros_like(data)
 
-    def interrupted(slot):
+    def interrupted(record):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tier._table, "wait_written", interrupted)
-    transfer = tier.read(slots, list(torch.zeros_like(data)))
-    with pytest.raises(KeyboardInterrupt):
-        transfer.wait()
-    monkeypatch.undo()
-    assert transfer.is_ready()
-    with pytest.raises(TierIOError, match="closed or interrupted"):
-        transfer.wait()
+    transfer = tier.read(slots, list(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(tier._table, "written", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.wait()
+    transfer.wait()
+    assert torch.equal(out, data)
     assert_heals(tier, slots)

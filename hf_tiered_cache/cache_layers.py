@@ -32,16 +32,17 @@ class OwnedTables:
     """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
     the cache, shallow copies of it, its layers, and handles on their keys and values.
 
-    `reader` is the model that attends them, `first_layer` the number of the first layer that has
-    a table, `find_savepoint` a weak reference to the way back of the forward that is under way.
+    `reader` is the model that attends them, `find_savepoint` a weak reference to the way back of
+    the forward that is under way.
     """
 
     def __init__(self, pool: ManagerPool) -> None:
         self.pool = pool
         self.reader = Reader()
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
+        # What follows from the tables; forgotten before they change, lest an interrupt keeps it.
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
-        self.first_layer: int | None = None
+        self._first_layer: int | None = None
         self.find_savepoint: Callable[[], Any] = _no_savepoint
         self._finalizer = weakref.finalize(self, _release, pool, self._tables)
 
@@ -55,6 +56,13 @@ class OwnedTables:
         """In layer order."""
         return [table for _, (_, table) in sorted(self._tables.items())]
 
+    @property
+    def first_layer(self) -> int | None:
+        """The number of the first layer that has a table."""
+        if self._first_layer is None:
+            self._first_layer = min(self._tables, default=None)
+        return self._first_layer
+
     def scan(self, manager: OffloadManager) -> list[BlockTable]:
         """The manager's tables in the order a forward reads them."""
         if manager not in self._scans:
@@ -63,13 +71,14 @@ class OwnedTables:
         return self._scans[manager]
 
     def add(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
+        self._forget_order()
         self._tables[layer_idx] = (manager, table)
-        self._reindex()
 
-    def drop(self, layer_idx: int) -> None:
-        """Drop a layer's table and what only it held."""
-        manager, table = self._tables.pop(layer_idx)
-        self._reindex()
+    def drop(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
+        """Drop a layer's table and what only it held. Repeatable."""
+        self._forget_order()
+        if self.holds(layer_idx, table):
+            del self._tables[layer_idx]
         manager.drop_table(table)
         if not self._tables:
             self.reader = Reader()  # an empty cache is free for another model
@@ -91,12 +100,12 @@ class OwnedTables:
 
     def close(self) -> None:
         """Drop the tables, and the pool with the last fork. Idempotent."""
+        self._forget_order()
         self._finalizer()
-        self._reindex()
 
-    def _reindex(self) -> None:
+    def _forget_order(self) -> None:
         self._scans.clear()
-        self.first_layer = min(self._tables, default=None)
+        self._first_layer = None
 
 
 def _no_savepoint() -> None:
@@ -229,10 +238,10 @@ class TieredLayer(CacheLayerMixin):
         """Hold another table from now on."""
         with (self._manager or manager).lock:
             self._detach_snapshots()
-            self._owned.replace(self._layer_idx, manager, table)
-        self._manager, self._table = manager, table
-        self.dtype, self.device = manager.layout.dtype, manager.device_tier.device
-        self.is_initialized = True
+            self._manager, self._table = manager, table
+            self.dtype, self.device = manager.layout.dtype, manager.device_tier.device
+            self.is_initialized = True
+            self._owned.replace(self._layer_idx, manager, table)  # last: the old table goes
 
     def check_whole(self) -> None:
         """Raise UnsupportedInputError if keys were assigned that do not fit the values, or values
@@ -346,7 +355,7 @@ class TieredLayer(CacheLayerMixin):
         if self._table is not None and self._manager is not None:
             with self._manager.lock:
                 self._detach_snapshots()
-                self._owned.drop(self._layer_idx)
+                self._owned.drop(self._layer_idx, self._manager, self._table)
             self._manager = self._table = None
             self.is_initialized = False
 

@@ -4,11 +4,12 @@ import contextlib
 import dis
 import signal
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import hf_tiered_cache
 
@@ -20,35 +21,62 @@ class HungError(Exception):
     """Something waited for what never comes."""
 
 
-class LineCounter:
-    """Counts the lines of this package that a thread runs, and interrupts it at one of them."""
+class Place(NamedTuple):
+    """A line of this package, as it is run for the `occurrence`-th time (from 1)."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number  # of the line to interrupt, from 1
-        self.seen = 0
-        self.where = ""  # it was interrupted
+    file: str
+    line: int
+    occurrence: int
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.line} ({self.occurrence}.)"
+
+
+class LineTracer:
+    """Counts how often each line of this package is run by a thread; at `place` it interrupts."""
+
+    def __init__(self, place: Place | None = None) -> None:
+        self.place = place
+        self.seen: Counter[tuple[str, int]] = Counter()
+        self.has_interrupted = False
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line" and not _leaves_with(frame.f_code, frame.f_lasti):
-            self.seen += 1
-            if self.seen == self.number:
-                name = Path(frame.f_code.co_filename).name
-                self.where = f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+            line = (frame.f_code.co_filename, frame.f_lineno)
+            self.seen[line] += 1
+            if (*line, self.seen[line]) == self.place:
+                self.has_interrupted = True
                 raise KeyboardInterrupt
         return self.trace
 
 
+def places(act: Callable[[], Any]) -> list[Place]:
+    """Every line of this package that `act` runs in this thread: the first time, one in the middle
+    and the last time."""
+    tracer = LineTracer()
+    sys.settrace(tracer.trace)
+    try:
+        act()
+    finally:
+        sys.settrace(None)
+    return [
+        Place(*line, occurrence)
+        for line, times in tracer.seen.items()
+        for occurrence in sorted({1, times // 2 + 1, times})
+    ]
+
+
 @contextlib.contextmanager
-def interrupted_at(number: int) -> Iterator[LineCounter]:
-    """Raise KeyboardInterrupt before the `number`-th line of this package that this thread runs in
-    the `with` block, and swallow it there. `where` stays empty if it ran fewer."""
-    counter = LineCounter(number)
+def interrupted_at(place: Place) -> Iterator[LineTracer]:
+    """Raise KeyboardInterrupt before a line that this thread runs in the `with` block, and swallow
+    it there. `has_interrupted` says whether it came to that line."""
+    tracer = LineTracer(place)
     with contextlib.suppress(KeyboardInterrupt):
-        sys.settrace(counter.trace)
+        sys.settrace(tracer.trace)
         try:
-            yield counter
+            yield tracer
         finally:
             sys.settrace(None)
 
@@ -61,7 +89,7 @@ def bounded(what: object, seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
         raise HungError(f"hung: {what}")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again: handlers wait too
     try:
         yield
     finally:
@@ -80,6 +108,4 @@ def _ends_of_with(code: CodeType) -> frozenset[int]:
     """Where `__exit__(None, None, None)` begins."""
     instructions = list(dis.get_instructions(code))
     nones = [one.opname == "LOAD_CONST" and one.argval is None for one in instructions]
-    return frozenset(
-        instructions[i].offset for i in range(len(nones) - 2) if all(nones[i : i + 3])
-    )
+    return frozenset(instructions[i].offset for i in range(len(nones) - 2) if all(nones[i : i + 3]))

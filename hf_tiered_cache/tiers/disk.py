@@ -123,9 +123,11 @@ class DiskTier(Tier, name="disk"):
     def drain(self) -> None:
         """Wait until no transfer is under way; see `Tier.drain`."""
         self._check_usable()
-        for job in self._table.users:
+        jobs = self._table.users
+        for job in jobs:
             if not job.is_queued:  # whoever began it was interrupted
                 self._mover.cancel(job)
+        for job in jobs:
             job.transfer.outlast()
             job.conclude_again()
 

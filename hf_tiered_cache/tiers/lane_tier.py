@@ -170,6 +170,7 @@ class LaneTier(Tier):
 
     def drain(self) -> None:
         """Wait until no transfer is under way; see `Tier.drain`."""
+        self.tier.drain()  # second steps that were interrupted are begun again
         self._ring.drain()
         self._lane.settle()
         self.tier.drain()

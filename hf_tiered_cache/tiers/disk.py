@@ -21,6 +21,7 @@ from hf_tiered_cache.tiers.base import (
     check_block_bytes,
     check_blocks,
     do_all,
+    in_finalizer,
 )
 from hf_tiered_cache.tiers.block_file import BlockFile
 from hf_tiered_cache.tiers.movers import Mover, make_mover
@@ -105,7 +106,7 @@ class DiskTier(Tier, name="disk"):
         self._mover = make_mover(mover, num_threads)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._pid, self._mover, self._table, file
+            self, in_finalizer, _shut_down, self._pid, self._mover, self._table, file
         )
 
     def allocate(self) -> int | None:

@@ -31,9 +31,13 @@ HANG_SECONDS = 20
 KINDS: dict[str, Callable[[Budget, Path], Tier]] = {
     "device": lambda budget, _: DeviceTier(BLOCK, budget),
     "host": lambda budget, _: HostTier(BLOCK, budget, slab_bytes=4 * BLOCK),
-    "disk compiled": lambda budget, folder: DiskTier(BLOCK, budget, folder, mover="compiled"),
+    "disk compiled": lambda budget, folder: DiskTier(
+        BLOCK, budget, folder, mover="compiled", io="buffered"
+    ),
     "disk python": lambda budget, folder: DiskTier(BLOCK, budget, folder, mover="python"),
-    "disk behind a lane": lambda budget, folder: behind(DiskTier(BLOCK, budget, folder)),
+    "disk behind a lane": lambda budget, folder: behind(
+        DiskTier(BLOCK, budget, folder, io="buffered")
+    ),
 }
 
 

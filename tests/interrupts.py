@@ -1,11 +1,15 @@
-"""Ctrl-C at a line of our own choice: `interrupted_at`."""
+"""Interrupts at chosen lines: what Ctrl-C may do, at every place where it may do it.
+
+CPython looks for signals between bytecodes of the main thread, so a `KeyboardInterrupt` may come at
+any line of ours. Here it comes at the n-th one, or at one of the `places` that a call comes to.
+"""
 
 import contextlib
 import dis
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -13,83 +17,92 @@ from typing import Any, NamedTuple
 
 import hf_tiered_cache
 
-PACKAGE = str(Path(hf_tiered_cache.__file__).parent)
-PATIENCE_SECONDS = 60  # of `bounded`; nothing here takes one
-
-
-class HungError(Exception):
-    """Something waited for what never comes."""
+PACKAGE = Path(hf_tiered_cache.__file__).parent
+PATIENCE_SECONDS = 60  # nothing here takes one, on a quiet machine
 
 
 class Place(NamedTuple):
-    """A line of this package, as it is run for the `occurrence`-th time (from 1)."""
+    """A line, as it is run for the `occurrence`-th time (from 1)."""
 
     file: str
     line: int
     occurrence: int
 
-    def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.line} ({self.occurrence}.)"
 
+class Interruption:
+    """Counts lines; raises at one of them."""
 
-class LineTracer:
-    """Counts how often each line of this package is run by a thread; at `place` it interrupts."""
-
-    def __init__(self, place: Place | None = None) -> None:
-        self.place = place
+    def __init__(
+        self, line: int | Place, files: Iterable[Path], error: type[BaseException]
+    ) -> None:
+        self.num_lines = 0
+        self.where = ""  # the line that was interrupted
         self.seen: Counter[tuple[str, int]] = Counter()
-        self.has_interrupted = False
+        self._line = line
+        self._files = {str(file) for file in files}
+        self._error = error
+
+    @property
+    def has_come(self) -> bool:
+        """Whether there were so many lines."""
+        return bool(self.where)
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line" and not _leaves_with(frame.f_code, frame.f_lasti):
-            line = (frame.f_code.co_filename, frame.f_lineno)
-            self.seen[line] += 1
-            if (*line, self.seen[line]) == self.place:
-                self.has_interrupted = True
-                raise KeyboardInterrupt
+        if frame.f_code.co_filename not in self._files:
+            return None  # not a line of this call, but of those below
+        if event == "line" and not self.where and not _leaves_with(frame):
+            place = (frame.f_code.co_filename, frame.f_lineno)
+            self.num_lines += 1
+            self.seen[place] += 1
+            if self._line in (self.num_lines, (*place, self.seen[place])):
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise self._error
         return self.trace
+
+
+@contextlib.contextmanager
+def interrupted_at(
+    line: int | Place, files: Iterable[Path] = (), error: type[BaseException] = KeyboardInterrupt
+) -> Iterator[Interruption]:
+    """Raise `error` at the n-th line of `files` (all of the package where none are given) that this
+    thread comes to inside, counted from 1, or at a place, and swallow it where it comes out.
+
+    `has_come` and `where` of what is yielded say whether there were so many lines, and which it
+    was. Once it came, lines are no longer counted. Only lines of calls that begin inside count.
+    """
+    interruption = Interruption(line, list(files) or PACKAGE.rglob("*.py"), error)
+    before = sys.gettrace()
+    try:
+        sys.settrace(interruption.trace)
+        yield interruption
+    except error:
+        if not interruption.has_come:
+            raise
+    finally:
+        sys.settrace(before)
 
 
 def places(act: Callable[[], Any]) -> list[Place]:
     """Every line of this package that `act` runs in this thread: the first time, one in the middle
     and the last time."""
-    tracer = LineTracer()
-    sys.settrace(tracer.trace)
-    try:
+    with interrupted_at(0) as lines:
         act()
-    finally:
-        sys.settrace(None)
     return [
         Place(*line, occurrence)
-        for line, times in tracer.seen.items()
+        for line, times in lines.seen.items()
         for occurrence in sorted({1, times // 2 + 1, times})
     ]
 
 
 @contextlib.contextmanager
-def interrupted_at(place: Place) -> Iterator[LineTracer]:
-    """Raise KeyboardInterrupt before a line that this thread runs in the `with` block, and swallow
-    it there. `has_interrupted` says whether it came to that line."""
-    tracer = LineTracer(place)
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.settrace(tracer.trace)
-        try:
-            yield tracer
-        finally:
-            sys.settrace(None)
-
-
-@contextlib.contextmanager
 def bounded(what: object, seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Raise HungError in the main thread where the `with` block takes longer."""
+    """Raise TimeoutError in the main thread where the `with` block takes longer."""
 
-    def give_up(*_: Any) -> None:
-        raise HungError(f"hung: {what}")
+    def bark(*_: object) -> None:
+        raise TimeoutError(f"hung: {what}")
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again: handlers wait too
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again: handlers of errors may hang too
     try:
         yield
     finally:
@@ -97,15 +110,21 @@ def bounded(what: object, seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _leaves_with(code: CodeType, offset: int) -> bool:
-    """Whether the line event at an instruction is that of a `with` block's regular end: CPython
-    reports it once more before it calls `__exit__`, but delivers no signal there."""
-    return offset in _ends_of_with(code)
+def _leaves_with(frame: FrameType) -> bool:
+    """Whether the line event is the one for leaving a `with` block: the line of the `with` again.
+    No signal is looked for between it and the call of `__exit__`."""
+    return frame.f_lasti in _exits_of_with(frame.f_code)
 
 
 @cache
-def _ends_of_with(code: CodeType) -> frozenset[int]:
-    """Where `__exit__(None, None, None)` begins."""
-    instructions = list(dis.get_instructions(code))
-    nones = [one.opname == "LOAD_CONST" and one.argval is None for one in instructions]
-    return frozenset(instructions[i].offset for i in range(len(nones) - 2) if all(nones[i : i + 3]))
+def _exits_of_with(code: CodeType) -> frozenset[int]:
+    """Offsets where `__exit__(None, None, None)` is called, from where a result is put aside."""
+    found = list(dis.get_instructions(code))
+    offsets = set()
+    for index in range(len(found) - 2):
+        if all(i.opname == "LOAD_CONST" and i.argval is None for i in found[index : index + 3]):
+            offsets.add(found[index].offset)
+            while found[index - 1].opname == "SWAP":
+                index -= 1
+                offsets.add(found[index].offset)
+    return frozenset(offsets)

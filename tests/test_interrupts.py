@@ -95,9 +95,9 @@ def interrupt_forks(
     for place in chosen(lambda: act(sample), is_short, start):
         with bounded(place):
             fork = copy.deepcopy(base)
-            with interrupted_at(place) as tracer:
+            with interrupted_at(place) as interruption:
                 act(fork)
-            if not tracer.has_interrupted:
+            if not interruption.has_come:
                 counts["not reached"] += 1
                 continue
             try:
@@ -206,9 +206,9 @@ def test_a_cache_can_be_reset_and_closed_where_that_was_interrupted(tiers, famil
         for place in every:
             with bounded(place):
                 cache = filled()
-                with interrupted_at(place) as tracer:
+                with interrupted_at(place) as interruption:
                     getattr(cache, verb)()
-                counts["interrupted"] += tracer.has_interrupted
+                counts["interrupted"] += interruption.has_come
                 if verb == "reset":
                     cache.reset()
                     assert torch.equal(step(model, cache, ids[0]), expected), place

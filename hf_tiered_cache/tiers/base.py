@@ -12,6 +12,7 @@ A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers
 contract tests run over every registered tier.
 """
 
+import _thread
 import contextlib
 import os
 import queue
@@ -30,6 +31,8 @@ from hf_tiered_cache.layout import ALIGNMENT_BYTES
 
 # Who waits looks again so often: an interrupt may have come between the end and the waking.
 WAKE_SECONDS = 0.1
+# An interrupt of a finalizer comes again so much later: Python must be out of it by then.
+AGAIN_SECONDS = 0.02
 
 
 class Budget:
@@ -305,6 +308,16 @@ def do_all(*steps: Callable[[], None]) -> None:
         for step in steps:
             step()
         raise
+
+
+def in_finalizer(close: Callable[..., None], *arguments: object) -> None:
+    """Close something from a finalizer, where Python swallows whatever is raised: Ctrl-C in there
+    comes again a moment later, in the main thread."""
+    try:
+        close(*arguments)
+    except KeyboardInterrupt:
+        with contextlib.suppress(RuntimeError):  # no thread at interpreter exit: it ends anyway
+            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
 
 
 def io_error(code: int | None, message: str) -> TierIOError:

@@ -21,6 +21,7 @@ from hf_tiered_cache.tiers.base import (
     check_block_bytes,
     check_blocks,
     do_all,
+    in_finalizer,
 )
 from hf_tiered_cache.tiers.block_file import BlockFile
 from hf_tiered_cache.tiers.movers import Mover, make_mover
@@ -105,7 +106,7 @@ class DiskTier(Tier, name="disk"):
         self._mover = make_mover(mover, num_threads)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._pid, self._mover, self._table, file
+            self, in_finalizer, _shut_down, self._pid, self._mover, self._table, file
         )
 
     def allocate(self) -> int | None:
@@ -123,9 +124,11 @@ class DiskTier(Tier, name="disk"):
     def drain(self) -> None:
         """Wait until no transfer is under way; see `Tier.drain`."""
         self._check_usable()
-        for job in self._table.users:
+        jobs = self._table.users
+        for job in jobs:
             if not job.is_queued:  # whoever began it was interrupted
                 self._mover.cancel(job)
+        for job in jobs:
             job.transfer.outlast()
             job.conclude_again()
 

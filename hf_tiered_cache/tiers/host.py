@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.sizes import format_bytes
-from hf_tiered_cache.tiers.base import Budget, Transfer, do_all, io_error
+from hf_tiered_cache.tiers.base import Budget, Transfer, do_all, in_finalizer, io_error
 from hf_tiered_cache.tiers.io_threads import Job, shared_threads
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
 from hf_tiered_cache.tiers.pinning import Pinning
@@ -67,7 +67,7 @@ class HostTier(MemoryTier, name="host"):
             step_slots=max(1, slab_bytes // block_bytes),
             commit=self._growth.begin,
         )
-        self._finalizer = weakref.finalize(self, _shut_down, self._growth, self._pool)
+        self._finalizer = weakref.finalize(self, in_finalizer, _shut_down, self._growth, self._pool)
 
     @property
     def memory_kind(self) -> str:

@@ -7,6 +7,7 @@ the threads is a set, and a thread ends when it finds that set empty.
 import contextlib
 import errno
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from queue import SimpleQueue
@@ -115,6 +116,8 @@ class IOThreads:
         return True
 
     def _work(self) -> None:
+        # A program around Python may let it kill: a write that is too long then fails with EFBIG.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
         while True:
             job = self._jobs.get()
             if job is not None:

@@ -170,6 +170,7 @@ class LaneTier(Tier):
 
     def drain(self) -> None:
         """Wait until no transfer is under way; see `Tier.drain`."""
+        self.tier.drain()  # second steps that were interrupted are begun again
         self._ring.drain()
         self._lane.settle()
         self.tier.drain()
@@ -198,9 +199,12 @@ class LaneTier(Tier):
         return self.tier.num_free()
 
     def close(self) -> None:
-        """Close the tier below and the ring, once no copy touches their memory. Idempotent."""
+        """Close the tier below and the ring, once no copy touches their memory. What passes through
+        ends before. Idempotent, and may be repeated after an interrupt."""
         self._lane.settle()
         self.tier.close()
+        self._ring.drain()
+        self._lane.settle()
         self._ring.close()
 
     def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:

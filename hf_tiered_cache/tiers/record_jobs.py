@@ -149,6 +149,7 @@ class RecordsJob(Job):
         except Exception as cause:
             error = io_error(None, f"cannot {self._verb} {_names(self.slots)}: {cause!r}")
             error.__cause__ = cause
+        _strip(error)
         if self.move is None:
             return Outcome(error, checksums, began, perf_counter())
         if self.move.error == CANCELLED:
@@ -282,6 +283,14 @@ def reserve_records(file: BlockFile, start: int, stop: int, block_bytes: int) ->
     except OSError as error:
         slots = range(start, stop)
         raise _failure("reserve space for", file, slots, start * block_bytes, error) from error
+
+
+def _strip(error: BaseException | None) -> None:
+    """Let go of the frames that an error came through: whoever keeps it would keep their memory and
+    descriptors, and those of the interrupt during which it came. A bug of ours keeps its own."""
+    while isinstance(error, OSError):
+        error.__traceback__ = error.__context__ = None
+        error = error.__cause__
 
 
 def _names(slots: Sequence[int]) -> str:

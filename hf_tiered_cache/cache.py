@@ -53,9 +53,10 @@ class TieredCache(DynamicCache):
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
 
-    A cache may be deep-copied (full blocks are shared), closed (`close()` or `with`), and is
-    closed when nobody refers to it, its layers or their keys and values any more: no file, thread
-    or memory stays.
+    A cache may be deep-copied (full blocks are shared), pickled (as its knobs and dense keys and
+    values, which are in memory once while it is saved or loaded), closed (`close()` or `with`), and
+    is closed when nobody refers to it, its layers or their keys and values any more: no file,
+    thread or memory stays.
 
     A forward through it raises OutOfBlocksError when the tiers are full (before it stores anything
     more), TierIOError when blocks cannot be stored or loaded, CacheInUseError when another thread
@@ -378,6 +379,10 @@ class TieredCache(DynamicCache):
             counters=pool.counters(),
         )
 
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise ClosedCacheError("this cache is closed: make a new TieredCache")
+
     def _block_tokens(self) -> int:
         return self._owned.pool.config.block_tokens or 0
 
@@ -396,6 +401,17 @@ class TieredCache(DynamicCache):
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the knobs, and every layer's keys and values as dense tensors."""
+        self._check_open()
+        with self._alone(changes=False):
+            return {name: value for name, value in vars(self).items() if name != "_guard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._guard = ForwardGuard()
+        attention.enable()
+
     def __copy__(self) -> "TieredCache":
         """The same cache under another name, as a shallow copy of any cache is."""
         other = self.__class__.__new__(self.__class__)
@@ -403,8 +419,7 @@ class TieredCache(DynamicCache):
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
-        if self.is_closed:
-            raise ClosedCacheError("this cache is closed: make a new TieredCache")
+        self._check_open()
         with self._alone(changes=False):
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork

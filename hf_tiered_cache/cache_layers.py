@@ -45,6 +45,9 @@ class OwnedTables:
         self.find_savepoint: Callable[[], Any] = _no_savepoint
         self._finalizer = weakref.finalize(self, _release, pool, self._tables)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnedTables, (self.pool,)  # layers bring what they hold
+
     @property
     def is_closed(self) -> bool:
         """Whether the tables were given back; there is no way back."""
@@ -414,6 +417,21 @@ class TieredLayer(CacheLayerMixin):
             layer.is_initialized = True
             owned.add(self._layer_idx, layer._manager, layer._table)
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: keys and values as dense tensors, and all that is not kept in blocks."""
+        state = {name: it for name, it in vars(self).items() if name not in TieredLayer.ATTRIBUTES}
+        held = () if self._table is None else tuple(one.materialize() for one in self._handles())
+        own = (self._owned, self._layer_idx, held, self._assigned)
+        return {"tiered": own, **state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        owned, layer_idx, held, assigned = state.pop("tiered")
+        TieredLayer.__init__(self, owned, layer_idx)
+        self.__dict__.update(state)
+        if held:
+            self.keys, self.values = held
+        self._assigned = assigned
 
     def __copy__(self) -> "TieredLayer":
         return self.fork(OwnedTables(self._owned.pool.share()))

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hf_tiered_cache import attention
+from hf_tiered_cache import attention, untiered
 from hf_tiered_cache.cache_layers import OwnedTables, TieredHybridLayer, TieredLayer, rows_of
 from hf_tiered_cache.compat import DummyLayer
 from hf_tiered_cache.config import TieredCacheConfig
@@ -103,6 +103,7 @@ class TieredCache(DynamicCache):
                 layers[layer_idx] = TieredHybridLayer(
                     self._owned, layer_idx, layer.number_of_states
                 )
+        untiered.warn_of_growing(layers)
 
     def _own(self, pool: ManagerPool) -> None:
         self._owned = OwnedTables(pool)
@@ -243,6 +244,20 @@ class TieredCache(DynamicCache):
             self._layer_with_states(layer_idx, state_idx)
             return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Store the new keys `[batch, tokens, index_head_dim]` by which a layer chooses what it
+        attends, and return all; transformers' own layers keep them.
+
+        Raises UnsupportedInputError where no config told that the layer would have any.
+        """
+        with self._in_forward(layer_idx):
+            if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], TieredLayer):
+                raise UnsupportedInputError(
+                    f"layer {layer_idx} chooses what it attends by an indexer, which a cache must "
+                    "know before: make it with TieredCache(config=model.config)"
+                )
+            return super().update_indexer(indexer_key_states, layer_idx)
+
     def activate_past_recording(self) -> None:
         """Let linear and windowed layers keep what `crop` may have to bring back."""
         self._records_past = True  # also of layers still to be made
@@ -366,10 +381,14 @@ class TieredCache(DynamicCache):
         pool = self._owned.pool
         tables = self._owned.tables
         first = tables[0] if tables else None
+        other = untiered.measure(self.layers)
         return CacheStats(
-            num_tokens=max((table.num_tokens for table in tables), default=0),
-            batch=first.batch if first else 0,
+            num_tokens=max([table.num_tokens for table in tables] + [other.num_tokens]),
+            batch=first.batch if first else self._num_rows(),
             num_layers=len(tables),
+            untiered_layers=other.num_layers,
+            untiered_tokens=other.num_tokens,
+            untiered_bytes=other.num_bytes,
             block_tokens=first.layout.block_tokens if first else self._block_tokens(),
             block_bytes=first.layout.num_bytes if first else 0,
             cold_blocks=sum(manager.num_cold_blocks() for manager in pool.managers),

@@ -7,11 +7,12 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_tiered_cache.cache_layers import OwnedTables, Saved, TieredLayer
+from hf_tiered_cache.compat import DynamicIndexedLayer
 from hf_tiered_cache.forwards import Forward
 from hf_tiered_cache.paged_states import Reader
 
 # Of transformers' layers, those that never write into a tensor they hold: they make another one.
-REPLACING = (DynamicLayer, DynamicSlidingWindowLayer)
+REPLACING = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 
 class Savepoint:

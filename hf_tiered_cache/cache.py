@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hf_tiered_cache import attention, untiered
+from hf_tiered_cache import attention, forwards, untiered
 from hf_tiered_cache.cache_layers import OwnedTables, TieredHybridLayer, TieredLayer, rows_of
 from hf_tiered_cache.compat import DummyLayer
 from hf_tiered_cache.config import TieredCacheConfig
@@ -271,6 +271,8 @@ class TieredCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by a layer; by default by the first one that holds any."""
         self._guard.join(self._savepoint)
+        if forwards.current() is None:
+            forwards.note_measured(self)
         if 0 < layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], DummyLayer):
             return 0  # it may still come to hold some: transformers would refuse
         return super().get_seq_length(layer_idx)

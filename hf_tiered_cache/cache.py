@@ -5,6 +5,7 @@ The words and signatures of transformers end here, in `cache_layers.py` and in `
 
 import copy
 import operator
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -108,6 +109,7 @@ class TieredCache(DynamicCache):
     def _own(self, pool: ManagerPool) -> None:
         self._owned = OwnedTables(pool)
         self._guard = ForwardGuard()
+        self._owned.find_guard = weakref.ref(self._guard)
 
     def update(
         self,
@@ -431,6 +433,7 @@ class TieredCache(DynamicCache):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._guard = ForwardGuard()
+        self._owned.find_guard = weakref.ref(self._guard)
         attention.enable()
 
     def __copy__(self) -> "TieredCache":

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.forward_guard import ForwardGuard
 from hf_tiered_cache.kernels import checks
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.offload_manager import OffloadManager
@@ -33,7 +34,7 @@ class OwnedTables:
     the cache, shallow copies of it, its layers, and handles on their keys and values.
 
     `reader` is the model that attends them, `first_layer` the number of the first layer that has
-    a table, `find_savepoint` a weak reference to the way back of the forward that is under way.
+    a table, `find_guard` a weak reference to the guard of the cache.
     """
 
     def __init__(self, pool: ManagerPool) -> None:
@@ -42,7 +43,7 @@ class OwnedTables:
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
         self.first_layer: int | None = None
-        self.find_savepoint: Callable[[], Any] = _no_savepoint
+        self.find_guard: Callable[[], ForwardGuard | None] = _no_guard
         self._finalizer = weakref.finalize(self, _release, pool, self._tables)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -83,10 +84,18 @@ class OwnedTables:
         replaced = self._tables.get(layer_idx)
         self.add(layer_idx, manager, table)
         if replaced is not None:
-            if (savepoint := self.find_savepoint()) is None:
+            guard = self.find_guard()
+            savepoint = None if guard is None else guard.savepoint
+            if savepoint is None:
                 replaced[0].drop_table(replaced[1])
             else:
                 weakref.finalize(savepoint, replaced[0].abandon_table, replaced[1])
+
+    def note_failure(self, error: BaseException) -> None:
+        """Attention failed: where the forward is not watched, nobody else would tell the guard."""
+        guard = self.find_guard()
+        if guard is not None:
+            guard.note_failure(type(error))
 
     def holds(self, layer_idx: int, table: BlockTable | None) -> bool:
         """Whether this is the layer's table."""
@@ -102,7 +111,7 @@ class OwnedTables:
         self.first_layer = min(self._tables, default=None)
 
 
-def _no_savepoint() -> None:
+def _no_guard() -> None:
     return None
 
 

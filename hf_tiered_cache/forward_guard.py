@@ -33,7 +33,7 @@ class ForwardGuard:
     is has been seen.
     """
 
-    __slots__ = ("has_seen_all", "_inside", "_lock", "_open")
+    __slots__ = ("has_seen_all", "_inside", "_lock", "_open", "__weakref__")
 
     def __init__(self) -> None:
         self.has_seen_all = False
@@ -120,18 +120,23 @@ class ForwardGuard:
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         try:
-            if error is not None and (
-                issubclass(error, FAILURES) or not issubclass(error, Exception)
-            ):
-                self.fail()
+            if error is not None:
+                self.note_failure(error)
         finally:
             self._inside.clear()
 
-    def fail(self) -> None:
-        """Something failed in the cache. Where the forward is not watched that ends it."""
-        if self._open is not None and not self._open[0].is_watched:
+    def note_failure(self, error: type[BaseException]) -> None:
+        """Something was raised in the cache, or in attention to it. Where the forward is not
+        watched, a failure ends it."""
+        is_failure = issubclass(error, FAILURES) or not issubclass(error, Exception)
+        if is_failure and self._open is not None and not self._open[0].is_watched:
             self._open[0].end(is_good=False)
             self.settle()
+
+    @property
+    def savepoint(self) -> Restorable | None:
+        """The way back of the forward that is under way."""
+        return None if self._open is None else self._open[1]
 
     def give_up(self) -> None:
         """Forget a forward that is not watched and that nobody will finish."""

@@ -1,6 +1,5 @@
 """`Savepoint`: what a cache was before a forward, and the way back to it."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ class Savepoint:
     def __init__(self, layers: list[Any], owned: OwnedTables) -> None:
         self._list = layers
         self._owned = owned
-        owned.find_savepoint = weakref.ref(self)
         self._reader = Reader(owned.reader)
         self._layers = [(layer, _saved(layer)) for layer in layers]
 

@@ -134,17 +134,21 @@ def _attend(
     else:
         bias = attention_mask if bias is None else bias + attention_mask
         causal = False
-    out = _stream_attention(
-        snapshot,
-        query.detach() if query.requires_grad else query,
-        scale=scaling if scaling is not None else query.shape[3] ** -0.5,
-        causal=causal,
-        starts=starts,
-        mask=mask,
-        bias=bias,
-        softcap=softcap,
-        sinks=s_aux,
-    ).to(out_dtype)
+    try:
+        out = _stream_attention(
+            snapshot,
+            query.detach() if query.requires_grad else query,
+            scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+            causal=causal,
+            starts=starts,
+            mask=mask,
+            bias=bias,
+            softcap=softcap,
+            sinks=s_aux,
+        ).to(out_dtype)
+    except BaseException as error:
+        snapshot.owner.note_failure(error)
+        raise
     if query.requires_grad and torch.is_grad_enabled():
         out = RefuseBackward.apply(out, query)
     return out, None
@@ -357,7 +361,13 @@ def _once(
 
 
 def _dense(states: torch.Tensor) -> torch.Tensor:
-    return states.materialize() if isinstance(states, PagedStates) else states
+    if not isinstance(states, PagedStates):
+        return states
+    try:
+        return states.materialize()
+    except BaseException as error:
+        states.snapshot.owner.note_failure(error)
+        raise
 
 
 def _dense_attention(

@@ -5,6 +5,7 @@ The words and signatures of transformers end here, in `cache_layers.py` and in `
 
 import copy
 import operator
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hf_tiered_cache import attention
+from hf_tiered_cache import attention, forwards, untiered
 from hf_tiered_cache.cache_layers import OwnedTables, TieredHybridLayer, TieredLayer, rows_of
 from hf_tiered_cache.compat import DummyLayer
 from hf_tiered_cache.config import TieredCacheConfig
@@ -53,9 +54,10 @@ class TieredCache(DynamicCache):
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
 
-    A cache may be deep-copied (full blocks are shared), closed (`close()` or `with`), and is
-    closed when nobody refers to it, its layers or their keys and values any more: no file, thread
-    or memory stays.
+    A cache may be deep-copied (full blocks are shared), pickled (as its knobs and dense keys and
+    values, which are in memory once while it is saved or loaded), closed (`close()` or `with`), and
+    is closed when nobody refers to it, its layers or their keys and values any more: no file,
+    thread or memory stays.
 
     A forward through it raises OutOfBlocksError when the tiers are full (before it stores anything
     more), TierIOError when blocks cannot be stored or loaded, CacheInUseError when another thread
@@ -103,10 +105,12 @@ class TieredCache(DynamicCache):
                 layers[layer_idx] = TieredHybridLayer(
                     self._owned, layer_idx, layer.number_of_states
                 )
+        untiered.warn_of_growing(layers)
 
     def _own(self, pool: ManagerPool) -> None:
         self._owned = OwnedTables(pool)
         self._guard = ForwardGuard()
+        self._owned.find_guard = weakref.ref(self._guard)
 
     def update(
         self,
@@ -243,6 +247,20 @@ class TieredCache(DynamicCache):
             self._layer_with_states(layer_idx, state_idx)
             return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Store the new keys `[batch, tokens, index_head_dim]` by which a layer chooses what it
+        attends, and return all; transformers' own layers keep them.
+
+        Raises UnsupportedInputError where no config told that the layer would have any.
+        """
+        with self._in_forward(layer_idx):
+            if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], TieredLayer):
+                raise UnsupportedInputError(
+                    f"layer {layer_idx} chooses what it attends by an indexer, which a cache must "
+                    "know before: make it with TieredCache(config=model.config)"
+                )
+            return super().update_indexer(indexer_key_states, layer_idx)
+
     def activate_past_recording(self) -> None:
         """Let linear and windowed layers keep what `crop` may have to bring back."""
         self._records_past = True  # also of layers still to be made
@@ -256,6 +274,8 @@ class TieredCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held by a layer; by default by the first one that holds any."""
         self._guard.join(self._savepoint)
+        if forwards.current() is None:
+            forwards.note_measured(self)
         if 0 < layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], DummyLayer):
             return 0  # it may still come to hold some: transformers would refuse
         return super().get_seq_length(layer_idx)
@@ -366,10 +386,14 @@ class TieredCache(DynamicCache):
         pool = self._owned.pool
         tables = self._owned.tables
         first = tables[0] if tables else None
+        other = untiered.measure(self.layers)
         return CacheStats(
-            num_tokens=max((table.num_tokens for table in tables), default=0),
-            batch=first.batch if first else 0,
+            num_tokens=max([table.num_tokens for table in tables] + [other.num_tokens]),
+            batch=first.batch if first else self._num_rows(),
             num_layers=len(tables),
+            untiered_layers=other.num_layers,
+            untiered_tokens=other.num_tokens,
+            untiered_bytes=other.num_bytes,
             block_tokens=first.layout.block_tokens if first else self._block_tokens(),
             block_bytes=first.layout.num_bytes if first else 0,
             cold_blocks=sum(manager.num_cold_blocks() for manager in pool.managers),
@@ -378,6 +402,10 @@ class TieredCache(DynamicCache):
             lanes=pool.lane_stats(),
             counters=pool.counters(),
         )
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise ClosedCacheError("this cache is closed: make a new TieredCache")
 
     def _block_tokens(self) -> int:
         return self._owned.pool.config.block_tokens or 0
@@ -397,6 +425,18 @@ class TieredCache(DynamicCache):
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the knobs, and every layer's keys and values as dense tensors."""
+        self._check_open()
+        with self._alone():
+            return {name: value for name, value in vars(self).items() if name != "_guard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._guard = ForwardGuard()
+        self._owned.find_guard = weakref.ref(self._guard)
+        attention.enable()
+
     def __copy__(self) -> "TieredCache":
         """The same cache under another name, as a shallow copy of any cache is."""
         other = self.__class__.__new__(self.__class__)
@@ -404,8 +444,7 @@ class TieredCache(DynamicCache):
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
-        if self.is_closed:
-            raise ClosedCacheError("this cache is closed: make a new TieredCache")
+        self._check_open()
         with self._alone():
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.forward_guard import ForwardGuard
 from hf_tiered_cache.kernels import checks
 from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.offload_manager import OffloadManager
@@ -32,8 +33,8 @@ class OwnedTables:
     """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
     the cache, shallow copies of it, its layers, and handles on their keys and values.
 
-    `reader` is the model that attends them, `find_savepoint` a weak reference to the way back of
-    the forward that is under way.
+    `reader` is the model that attends them, `find_guard` a weak reference to the guard of the
+    cache.
     """
 
     def __init__(self, pool: ManagerPool) -> None:
@@ -43,8 +44,11 @@ class OwnedTables:
         # What follows from the tables; forgotten before they change, lest an interrupt keeps it.
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
         self._first_layer: int | None = None
-        self.find_savepoint: Callable[[], Any] = _no_savepoint
+        self.find_guard: Callable[[], ForwardGuard | None] = _no_guard
         self._finalizer = weakref.finalize(self, _release, pool, self._tables)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnedTables, (self.pool,)  # layers bring what they hold
 
     @property
     def is_closed(self) -> bool:
@@ -89,10 +93,18 @@ class OwnedTables:
         replaced = self._tables.get(layer_idx)
         self.add(layer_idx, manager, table)
         if replaced is not None:
-            if (savepoint := self.find_savepoint()) is None:
+            guard = self.find_guard()
+            savepoint = None if guard is None else guard.savepoint
+            if savepoint is None:
                 replaced[0].drop_table(replaced[1])
             else:
                 weakref.finalize(savepoint, replaced[0].abandon_table, replaced[1])
+
+    def note_failure(self, error: BaseException) -> None:
+        """Attention failed: where the forward is not watched, nobody else would tell the guard."""
+        guard = self.find_guard()
+        if guard is not None:
+            guard.note_failure(type(error))
 
     def holds(self, layer_idx: int, table: BlockTable | None) -> bool:
         """Whether this is the layer's table."""
@@ -108,7 +120,7 @@ class OwnedTables:
         self._first_layer = None
 
 
-def _no_savepoint() -> None:
+def _no_guard() -> None:
     return None
 
 
@@ -423,6 +435,21 @@ class TieredLayer(CacheLayerMixin):
             layer.is_initialized = True
             owned.add(self._layer_idx, layer._manager, layer._table)
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: keys and values as dense tensors, and all that is not kept in blocks."""
+        state = {name: it for name, it in vars(self).items() if name not in TieredLayer.ATTRIBUTES}
+        held = () if self._table is None else tuple(one.materialize() for one in self._handles())
+        own = (self._owned, self._layer_idx, held, self._assigned)
+        return {"tiered": own, **state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        owned, layer_idx, held, assigned = state.pop("tiered")
+        TieredLayer.__init__(self, owned, layer_idx)
+        self.__dict__.update(state)
+        if held:
+            self.keys, self.values = held
+        self._assigned = assigned
 
     def __copy__(self) -> "TieredLayer":
         return self.fork(OwnedTables(self._owned.pool.share()))

@@ -14,4 +14,9 @@ except ImportError:  # transformers 5.17: an empty linear layer stands for one w
             """Nothing."""
 
 
-__all__ = ["DummyLayer"]
+try:
+    from transformers.cache_utils import DynamicIndexedLayer
+except ImportError:  # where no model has an indexer
+    from transformers.cache_utils import DynamicLayer as DynamicIndexedLayer
+
+__all__ = ["DummyLayer", "DynamicIndexedLayer"]

@@ -40,7 +40,7 @@ class ForwardGuard:
     is has been seen. `unfinished`: the change of the whole cache that was begun and did not end.
     """
 
-    __slots__ = ("has_seen_all", "unfinished", "_inside", "_lock", "_open")
+    __slots__ = ("has_seen_all", "unfinished", "_inside", "_lock", "_open", "__weakref__")
 
     def __init__(self) -> None:
         self.has_seen_all = False
@@ -141,18 +141,24 @@ class ForwardGuard:
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         try:
-            if error is None or (issubclass(error, Exception) and not issubclass(error, FAILURES)):
+            if error is None or not _is_failure(error):
                 self.unfinished = None
             else:
-                self.fail()
+                self.note_failure(error)
         finally:
             self._inside.clear()
 
-    def fail(self) -> None:
-        """Something failed in the cache. Where the forward is not watched that ends it."""
-        if self._open is not None and not self._open[0].is_watched:
+    def note_failure(self, error: type[BaseException]) -> None:
+        """Something was raised in the cache, or in attention to it. Where the forward is not
+        watched, a failure ends it."""
+        if _is_failure(error) and self._open is not None and not self._open[0].is_watched:
             self._open[0].end(is_good=False)
             self.settle()
+
+    @property
+    def savepoint(self) -> Restorable | None:
+        """The way back of the forward that is under way."""
+        return None if self._open is None else self._open[1]
 
     def give_up(self) -> None:
         """Forget a forward that is not watched and that nobody will finish."""
@@ -210,3 +216,7 @@ class ForwardGuard:
             "TieredCache (copy.deepcopy shares a prompt's blocks), or let them take turns; if that "
             "forward was given up, reset() the cache"
         )
+
+
+def _is_failure(error: type[BaseException]) -> bool:
+    return issubclass(error, FAILURES) or not issubclass(error, Exception)

@@ -20,6 +20,17 @@ from typing import Any, Protocol
 
 import torch
 from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+DROPPED = (
+    "transformers drops the given cache where this model's LongRoPE crosses "
+    "original_max_position_embeddings={original} tokens, computes all tokens anew and goes on with "
+    "a DynamicCache: right, but nothing is tiered any more. To keep the tiers, give the whole text "
+    "at once, longer than {original} tokens, to a new TieredCache() made without config, and let "
+    "no cache grow across that length"
+)
 
 
 class Settling(Protocol):
@@ -95,6 +106,7 @@ class _Call:
 
 class _Here(threading.local):
     forward: Forward | None = None
+    measured: weakref.ref[Any] | None = None  # the cache that `note_measured` was last told of
 
 
 _here = _Here()
@@ -105,6 +117,11 @@ def current() -> Forward | None:
     """The watched forward that is under way in this thread."""
     forward = _here.forward
     return forward if forward is not None and forward.is_running else None
+
+
+def note_measured(cache: Any) -> None:
+    """The length of `cache` was asked for outside of any forward, as `generate` does before one."""
+    _here.measured = weakref.ref(cache)
 
 
 def watch() -> None:
@@ -124,11 +141,28 @@ def unwatch() -> None:
         _original = None
 
 
+def _tell_if_dropped(
+    config: Any, cache: Any, input_ids: Any = None, *rest: Any, **kwargs: Any
+) -> None:
+    """Warn if `generate` measured this cache and then left it behind: models of LongRoPE turn their
+    keys differently when there are more tokens than `original_max_position_embeddings`."""
+    original = getattr(config, "original_max_position_embeddings", None)
+    ids = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+    if cache is None or original is None or ids is None or ids.shape[1] <= original:
+        return
+    if cache.get_seq_length() <= original:
+        logger.warning_once(DROPPED.format(original=original))
+    _here.measured = None
+
+
 def _watched(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def watched_call(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or current() is not None:
             return call(model, *args, **kwargs)
+        measured, _here.measured = _here.measured, None
+        if measured is not None and kwargs.get("past_key_values") is None:
+            _tell_if_dropped(model.config, measured(), *args, **kwargs)
         lifetime = _Call()
         forward = Forward(lifetime)
         is_good = False

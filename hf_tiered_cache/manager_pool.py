@@ -7,6 +7,7 @@ or one whose layers differ in heads, has several. All of them draw on the same b
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -61,6 +62,9 @@ class ManagerPool:
         self._places: dict[torch.device, _Place] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
         self._num_owners = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ManagerPool, (self.config, self._expected_tables)  # what was asked for, still empty
 
     @property
     def disk_dir(self) -> Path:

@@ -111,6 +111,10 @@ class CacheStats:
     tiers: tuple[TierStats, ...] = ()
     lanes: tuple[LaneStats, ...] = ()  # of devices other than the CPU
     counters: Counters = field(default_factory=Counters)
+    # Of transformers' own layers, which are in no budget: windows, linear states, indexers.
+    untiered_layers: int = 0
+    untiered_tokens: int = 0  # of the longest; of a window all that it has seen
+    untiered_bytes: int = 0  # linear states beside blocks included
 
     @property
     def hit_share(self) -> float:
@@ -145,6 +149,12 @@ class CacheStats:
                 cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             lines.append(f"  {left}  {right}")
+        if self.untiered_bytes:
+            lines.append(
+                f"  beside the blocks, in no budget: {format_bytes(self.untiered_bytes)} in "
+                f"transformers' own layers ({self.untiered_layers}, of up to "
+                f"{self.untiered_tokens:,} tokens)"
+            )
         lines += [f"  {lane}" for lane in self.lanes]
         count = self.counters
         lines.append(

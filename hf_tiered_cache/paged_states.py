@@ -96,6 +96,9 @@ class Owner(Protocol):
     def scan(self, manager: OffloadManager) -> Sequence[BlockTable]:
         """The manager's tables in the order a forward reads them."""
 
+    def note_failure(self, error: BaseException) -> None:
+        """Attention to a snapshot failed."""
+
 
 class Snapshot:
     """The first `num_tokens` tokens of one layer, fixed while anybody holds it.

@@ -1,17 +1,17 @@
 """`Savepoint`: what a cache was before a forward, and the way back to it."""
 
-import weakref
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_tiered_cache.cache_layers import OwnedTables, Saved, TieredLayer
+from hf_tiered_cache.compat import DynamicIndexedLayer
 from hf_tiered_cache.forwards import Forward
 from hf_tiered_cache.paged_states import Reader
 
 # Of transformers' layers, those that never write into a tensor they hold: they make another one.
-REPLACING = (DynamicLayer, DynamicSlidingWindowLayer)
+REPLACING = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 
 class Savepoint:
@@ -26,7 +26,6 @@ class Savepoint:
     def __init__(self, layers: list[Any], owned: OwnedTables) -> None:
         self._list = layers
         self._owned = owned
-        owned.find_savepoint = weakref.ref(self)
         self._reader = Reader(owned.reader)
         self._layers = [(layer, _saved(layer)) for layer in layers]
 

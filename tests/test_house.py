@@ -40,6 +40,7 @@ FLOORS = {
     "attention": 10,
     "cache_layers": 10,
     "savepoint": 11,
+    "untiered": 11,
     "cache": 12,
     "evaluation": 13,
     "commands": 14,
@@ -48,7 +49,7 @@ FLOORS = {
 }
 ROOF = FLOORS["__init__"]
 HUGGING_FACE_ROOMS = {
-    *("cache", "cache_layers", "savepoint", "attention", "forwards"),
+    *("cache", "cache_layers", "savepoint", "attention", "forwards", "untiered"),
     *("compat", "evaluation"),
 }
 BUILT = {"_C", "_cuda"}  # compiled, not a room

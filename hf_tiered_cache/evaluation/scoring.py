@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.config import disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import DataError, Document
-from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.models import check_has_full_attention
 from hf_tiered_cache.metrics import CacheStats
 from hf_tiered_cache.sizes import format_bytes
 
@@ -290,17 +290,13 @@ def block_shape(
     model: PreTrainedModel, block_tokens: int | None, disk_dir: str | None
 ) -> BlockShape:
     """Ask a cache that holds a few tokens. Raises ModelError where no layer is kept in blocks."""
+    check_has_full_attention(model)
     with TieredCache(config=model.config, block_tokens=block_tokens, disk_dir=disk_dir) as cache:
         for tokens in (4, 1):  # also the first, slow forward of either kind
             model(
                 torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache
             )
         stats = cache.stats()
-    if not stats.num_layers:
-        raise ModelError(
-            f"{type(model).__name__} keeps no layer in blocks (they are for full attention), so "
-            "there is nothing to measure; expected a model with full-attention layers"
-        )
     return BlockShape(stats.block_tokens, stats.block_bytes, stats.num_layers)
 
 

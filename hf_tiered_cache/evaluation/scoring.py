@@ -276,14 +276,17 @@ class BlockShape:
     def num_blocks(self, num_tokens: int) -> int:
         return self.num_layers * math.ceil(num_tokens / self.block_tokens)
 
-    def budgets(self, num_tokens: int, share: float) -> dict[str, Any]:
+    def budgets(self, num_tokens: int, share: float, num_forks: int = 0) -> dict[str, Any]:
         """Arguments for a TieredCache that keeps all but `share` of the blocks on the device.
 
-        At least a block per layer, the one being filled, stays there. Everything resident goes
-        without a disk.
+        At least a block per layer, the one being filled, stays there; and one more for each of
+        `num_forks` deep copies. Everything resident goes without a disk.
         """
         blocks = self.num_blocks(num_tokens)
-        resident = max(blocks - round(share * blocks), self.num_layers) * self.block_bytes
+        resident = (
+            max(blocks - round(share * blocks), self.num_layers) + num_forks * self.num_layers
+        )
+        resident *= self.block_bytes
         staging = min(STAGING_BYTES, resident * STAGING_SHARE / (1 - STAGING_SHARE))
         staging = max(math.ceil(staging), MIN_STAGING_BLOCKS * self.block_bytes)
         return {

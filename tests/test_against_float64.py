@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import against_float64
+import attention_error
 from against_float64 import Side
 from losing import without_cold_blocks
 
@@ -38,3 +39,21 @@ def test_a_positions_error_is_a_root_mean_square_over_the_vocabulary():
     side.compare(torch.tensor([[2.0, 1.0], [1.0, 0.0]]), truth)
     assert torch.cat(side.errors).tolist() == [0.5**0.5, 2.0**0.5]
     assert (side.largest, side.flips) == (2.0, 1)
+
+
+def test_given_the_same_keys_and_values_our_attention_is_not_the_farther_one(capsys):
+    assert attention_error.main(["--context", "160", "--decode-tokens", "4", "--chunk", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 of 4 bars reached" in printed
+
+
+def test_attention_that_is_farther_is_noticed(monkeypatch, capsys):
+    right = attention_error.tiered_attention_forward
+
+    def rounded(*arguments, **kwargs):
+        out, weights = right(*arguments, **kwargs)
+        return (out * 64).round() / 64, weights
+
+    monkeypatch.setattr(attention_error, "tiered_attention_forward", rounded)
+    assert attention_error.main(["--context", "160", "--decode-tokens", "4", "--chunk", "64"]) == 1
+    assert "MISSED" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object, set_seed, tqdm
 from transformers.utils import logging
 
 from hf_tiered_cache.evaluation import parity
+from hf_tiered_cache.evaluation.bars import Bar, bars, verdict
 from hf_tiered_cache.evaluation.documents import (
     HUB_DATASETS,
     STDLIB,
@@ -32,11 +33,13 @@ from hf_tiered_cache.evaluation.documents import (
     read_texts,
 )
 from hf_tiered_cache.evaluation.models import (
+    DTYPES,
     ModelError,
     load_model,
     load_tokenizer,
     model_name,
 )
+from hf_tiered_cache.evaluation.passes import num_passes, score_window
 from hf_tiered_cache.evaluation.scoring import (
     Pass,
     Plan,
@@ -44,7 +47,6 @@ from hf_tiered_cache.evaluation.scoring import (
     fitting_shape,
     make_windows,
     num_tokens,
-    score_window,
 )
 
 import benchmarking
@@ -78,10 +80,9 @@ def main(command: Sequence[str] | None = None) -> int:
         rows = parity.rows(dtype, passes[dtype])
         table += rows
         if accelerator.is_main_process:
-            for row in rows:
-                judge(printed, parity.bars(row))
+            judge(printed, bars(rows))
     parity.add_float32(table)
-    kept = [bar for row in table for bar in parity.bars(row)]
+    kept = bars(table)
     if accelerator.is_main_process:
         environment = {
             **benchmarking.environment(),
@@ -98,14 +99,21 @@ def main(command: Sequence[str] | None = None) -> int:
         if arguments.save_tokens:
             save_tokens(passes, arguments.save_tokens)
         printed.finish()
+        print(verdict(kept))
     accelerator.end_training()
     return 0 if all(bar.is_reached for bar in kept) else 1
 
 
-def judge(table: benchmarking.Table, kept: list[parity.Bar]) -> None:
+def judge(table: benchmarking.Table, kept: list[Bar]) -> None:
     """Print every bar with reached or MISSED."""
     for bar in kept:
-        table.value(bar.what, bar.measured, bar=bar.bar, is_reached=bar.is_reached)
+        table.value(
+            f"{bar.what}: {bar.name}",
+            bar.measured,
+            bar=bar.bar,
+            is_reached=bar.is_reached,
+            note=f"noise {bar.noise}" if bar.noise else "",
+        )
 
 
 def read_windows(tokenizer: Any, arguments: argparse.Namespace) -> list[Window]:
@@ -146,7 +154,7 @@ def measure(
         arguments.block_tokens,
         arguments.disk_dir,
     )
-    num_sides = 1 + len(shares)
+    num_sides = num_passes(model, shares)
     passes: list[Pass] = []
     with progress_bar(windows, num_sides, plan, dtype) as bar:
         for turn in in_turns(windows, accelerator.num_processes):
@@ -189,7 +197,7 @@ def progress_bar(windows: list[Window], num_sides: int, plan: Plan, label: str) 
 
 
 def write(
-    folder: Path, environment: dict[str, Any], table: list[dict[str, Any]], kept: list[parity.Bar]
+    folder: Path, environment: dict[str, Any], table: list[dict[str, Any]], kept: list[Bar]
 ) -> None:
     """Write perplexity.json, perplexity.md and two pictures into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +273,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--contexts", nargs="+", type=int, default=[2048, 8192], help="tokens")
     add("--off-device", nargs="+", type=float, default=[0.0, 0.5, 0.9], help="shares, 0 to 1")
-    add("--dtype", nargs="+", choices=list(parity.NLL_BARS), default=["float32", "bfloat16"])
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     add("--documents", type=int, default=2, help="that fill the longest context")
     add("--stride", type=int, help="tokens between windows (default: a window per document)")
     add("--windows", type=int, default=16, help="at most, of a document, with --stride")

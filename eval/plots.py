@@ -7,6 +7,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hf_tiered_cache.evaluation.scoring import NOISE, REFERENCE, TIERED
+
 matplotlib.use("Agg")
 DPI = 90
 
@@ -37,10 +39,14 @@ def _draw_positions(upper: Axes, lower: Axes, row: dict[str, Any]) -> None:
     scored = [bucket for bucket in row["by_position"] if bucket["tokens"]]
     middle = [(max(1, bucket["from"]) * bucket["to"]) ** 0.5 for bucket in scored]
     losses = [bucket["nll"] for bucket in scored]
-    if row["cache"] == "DynamicCache":
+    if row["cache"] == REFERENCE:
         upper.plot(middle, losses, color="black", linewidth=4, alpha=0.25, label="DynamicCache")
         return
-    label = f"TieredCache, {row['share_off_device']:.0%} off the device"
+    label = (
+        f"DynamicCache, {row['attention']}"
+        if row["cache"] == NOISE
+        else f"TieredCache, {row['share_off_device']:.0%} off the device"
+    )
     (line,) = upper.plot(middle, losses, marker="o", markersize=4, linewidth=1, label=label)
     deltas = [bucket["delta_nll"] for bucket in scored]
     lower.plot(middle, deltas, marker="o", markersize=4, linewidth=1, color=line.get_color())
@@ -55,7 +61,7 @@ def slowdown(table: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.2 * len(dtypes), 3.8), layout="constrained")
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
     for axes, dtype in zip(panels, dtypes, strict=True):
-        tiered = [row for row in table if row["dtype"] == dtype and row["cache"] != "DynamicCache"]
+        tiered = [row for row in table if (row["dtype"], row["cache"]) == (dtype, TIERED)]
         for context in sorted({row["context"] for row in tiered}):
             _draw_slowdown(axes, context, [row for row in tiered if row["context"] == context])
         axes.plot([], [], color="grey", linestyle=":", label="DynamicCache")

@@ -9,39 +9,46 @@ transformers' DynamicCache, and the two token sequences are compared.
 """
 
 import argparse
+import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.utils import logging
 
-from hf_tiered_cache import TieredCache, generation_progress
+from hf_tiered_cache import TieredCache, TieredCacheError, generation_progress
+from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.scoring import fitting_shape
 from hf_tiered_cache.progress import Timing
 
 TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"
 # Standard library files the model was not trained on; the last one is in every installation.
 DOCUMENTS = ("idlelib/pyshell.py", "test/test_types.py", "argparse.py")
+OFF_DEVICE = 0.75  # of the blocks
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(command: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(command)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
-    model.set_attn_implementation("tiered")  # no query-by-key mask, however long the prompt
+    own_attention = model.config._attn_implementation
     text = Path(arguments.prompt).read_text(errors="replace")
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    prompt = inputs.input_ids[:, : arguments.prompt_tokens]
+    prompt = inputs.input_ids[:, : prompt_tokens(model, arguments)]
+    num_tokens = prompt.shape[1] + arguments.new_tokens
+    shape = fitting_shape(model, num_tokens, OFF_DEVICE, disk_dir=arguments.disk_dir)
+    budgets = shape.budgets(num_tokens, OFF_DEVICE)
+    if arguments.device_bytes:
+        budgets["device_bytes"] = arguments.device_bytes
+    cache_bytes = shape.num_blocks(num_tokens) * shape.block_bytes
 
-    cache_bytes = kv_bytes(model, prompt.shape[1] + arguments.new_tokens)
-    with TieredCache(
-        config=model.config,
-        device_bytes=arguments.device_bytes or cache_bytes // 4,
-        disk_dir=arguments.disk_dir,
-    ) as cache:
+    model.set_attn_implementation("tiered")  # no query-by-key mask, however long the prompt
+    with TieredCache(config=model.config, disk_dir=arguments.disk_dir, **budgets) as cache:
         print(
             f"{arguments.model}: {prompt.shape[1]:,} prompt tokens, a cache of "
-            f"{cache_bytes / 2**20:.1f} MiB"
+            f"{cache_bytes / 2**20:.1f} MiB in {shape.num_layers} layers"
         )
         tiered, tiered_time = generate(model, prompt, cache, arguments, "TieredCache ")
         report = str(cache)
@@ -51,12 +58,14 @@ def main() -> None:
     print(f">>> {tokenizer.decode(tiered[0, prompt.shape[1] :])}\n---\n{report}")
     print(speed("TieredCache", tiered_time))
     if arguments.compare:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(own_attention)
         cache = DynamicCache(config=model.config)
         dynamic, dynamic_time = generate(model, prompt, cache, arguments, "DynamicCache ")
         print(speed("DynamicCache", dynamic_time))
         same = torch.equal(tiered, dynamic)
         print(f"the {arguments.new_tokens} new tokens are {'identical' if same else 'DIFFERENT'}")
+        if not same and model.dtype != torch.float32:
+            print(f"{model.dtype} rounds; `hf-tiered-cache verify` shows transformers' own noise")
 
 
 def generate(
@@ -80,12 +89,11 @@ def generate(
     return sequences, timing
 
 
-def kv_bytes(model: torch.nn.Module, num_tokens: int) -> int:
-    """Bytes of keys and values of one sequence, all layers counted as full attention."""
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize * num_tokens
+def prompt_tokens(model: torch.nn.Module, arguments: argparse.Namespace) -> int:
+    """As many as asked for, fewer where the model was made for fewer."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = limit - arguments.new_tokens if limit else arguments.prompt_tokens
+    return min(arguments.prompt_tokens, most)
 
 
 def default_document() -> Path:
@@ -101,7 +109,7 @@ def speed(name: str, timing: Timing) -> str:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(TINY_LM), help="hub name or folder")
     parser.add_argument(
@@ -118,11 +126,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-compare", dest="compare", action="store_false", help="skip the DynamicCache run"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     logging.set_verbosity_error()
     return arguments
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    main()
+    try:
+        main()
+    except (ModelError, TieredCacheError) as error:  # says what to change
+        sys.exit(f"error: {error}")

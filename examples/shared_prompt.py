@@ -14,7 +14,9 @@ import argparse
 import copy
 import random
 import string
+import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -22,16 +24,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hf_tiered_cache import TieredCache
+from hf_tiered_cache import TieredCache, TieredCacheError
+from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.scoring import fitting_shape
 
 TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"
+OFF_DEVICE = 0.75  # of the document's blocks
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(command: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(command)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
-    model.set_attn_implementation("tiered")
     if arguments.prompt:
         text, answers = Path(arguments.prompt).read_text(errors="replace"), {}
     else:
@@ -42,13 +46,17 @@ def main() -> None:
         return tokenizer(one, return_tensors="pt", add_special_tokens=False).input_ids
 
     document = encode(text)
-    with TieredCache(
-        config=model.config, device_bytes=arguments.device_bytes, disk_dir=arguments.disk_dir
-    ) as cache:
+    num_tokens = document.shape[1]
+    shape = fitting_shape(model, num_tokens, OFF_DEVICE, disk_dir=arguments.disk_dir)
+    budgets = shape.budgets(num_tokens, OFF_DEVICE, num_forks=len(questions))
+    if arguments.device_bytes:
+        budgets["device_bytes"] = arguments.device_bytes
+    model.set_attn_implementation("tiered")
+    with TieredCache(config=model.config, disk_dir=arguments.disk_dir, **budgets) as cache:
         start = perf_counter()
         with torch.no_grad():
             for chunk in document.split(arguments.chunk, dim=1):
-                model(chunk, past_key_values=cache, logits_to_keep=1)
+                model.base_model(chunk, past_key_values=cache)  # nobody reads its logits
         print(f"{document.shape[1]:,} tokens read in {perf_counter() - start:.1f} s: {used(cache)}")
         forks, found = [], 0
         for question in questions:
@@ -90,7 +98,7 @@ def used(cache: TieredCache) -> str:
     return ", ".join(f"{tier.blocks} blocks on {tier.name}" for tier in cache.stats().tiers)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(TINY_LM), help="hub name or folder")
     parser.add_argument("--prompt", help="text file (default: a source file with hidden facts)")
@@ -98,10 +106,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-facts", type=int, default=6, help="hidden in the default text")
     parser.add_argument("--new-tokens", type=int, default=6)
     parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens per forward")
-    parser.add_argument("--device-bytes", default="12MiB", help="budget of the device tier")
+    parser.add_argument("--device-bytes", help='default: a quarter of the cache; e.g. "64MiB"')
     parser.add_argument("--disk-dir", help="folder of the disk tier")
     parser.add_argument("--dtype", default="auto", help='"auto", "float32", "bfloat16", "float16"')
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     if arguments.prompt and not arguments.questions:
         parser.error("--prompt needs --questions")
     logging.set_verbosity_error()
@@ -109,4 +117,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ModelError, TieredCacheError) as error:  # says what to change
+        sys.exit(f"error: {error}")

@@ -1,9 +1,24 @@
-"""The examples run as a user would run them, offline, on a shorter prompt."""
+"""The examples run as a user would run them, offline, on a shorter prompt; with models of many
+layers, of sliding windows and in half precision as well."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
+
+from hf_tiered_cache.evaluation.models import ModelError
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +49,7 @@ def test_chat_reads_only_what_is_new_and_takes_an_answer_back(tmp_path):
     assert "all answers are those of DynamicCache" in printed
     assert "'972605'" in printed and printed.count("'318240'") == 2
     assert "[197 tokens were known, 6 were read]" in printed
+    assert "[the last turn taken back, 103 tokens read again: '318240']" in printed
     assert "loads 0" not in printed
 
 
@@ -48,3 +64,104 @@ def test_forks_of_a_prompt_answer_from_shared_blocks(tmp_path):
     layers = 4
     assert after <= before + 6 * 2 * layers, "forks hold a few blocks of their own"
     assert list(tmp_path.iterdir()) == []
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 384,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "max_position_embeddings": 2048,
+}
+WINDOW = 32
+CONFIGS = {
+    "many layers": LlamaConfig(**SIZES, num_hidden_layers=30),
+    "windows": Gemma3TextConfig(
+        **SIZES,
+        num_hidden_layers=6,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
+    ),
+    "windows only": Gemma3TextConfig(
+        **SIZES,
+        num_hidden_layers=2,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention"] * 2,
+    ),
+}
+FACTS = "code=318240\n" * 4  # longer than a window
+RUNS = {
+    "chat": ("--say", FACTS, FACTS, "code=", "--new-tokens", "4"),
+    "shared_prompt": ("--num-facts", "3", "--new-tokens", "4", "--chunk", "1024"),
+    "long_document": ("--prompt-tokens", "500", "--new-tokens", "4", "--chunk", "128"),
+}
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_random(folder: Path, config: PreTrainedConfig) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "eval" / "tiny_lm").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["many layers", "windows"])
+@pytest.mark.parametrize("name", RUNS)
+def test_examples_take_any_decoder(tmp_path, capsys, name, model, dtype):
+    folder = save_random(tmp_path / "model", CONFIGS[model])
+    disk = str(tmp_path / "disk")
+    example(name).main(["--model", folder, "--dtype", dtype, "--disk-dir", disk, *RUNS[name]])
+    printed = capsys.readouterr().out
+    assert "disk" in printed and " 0 blocks on disk" not in printed
+    if dtype == "float32" and name != "shared_prompt":
+        assert "those of DynamicCache" in printed or "new tokens are identical" in printed
+        assert "NOT" not in printed
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_model_that_keeps_nothing_in_blocks_is_said(tmp_path, name):
+    folder = save_random(tmp_path / "model", CONFIGS["windows only"])
+    with pytest.raises(ModelError, match="keeps no layer in blocks"):
+        example(name).main(["--model", folder, "--disk-dir", str(tmp_path), *RUNS[name]])
+
+
+def test_a_prompt_is_no_longer_than_the_model_was_made_for(tmp_path, capsys):
+    config = LlamaConfig(**{**SIZES, "max_position_embeddings": 256}, num_hidden_layers=2)
+    folder = save_random(tmp_path / "model", config)
+    example("long_document").main(
+        ["--model", folder, "--disk-dir", str(tmp_path), "--new-tokens=6"]
+    )
+    assert "250 prompt tokens" in capsys.readouterr().out
+
+
+def test_a_chat_goes_on_where_a_template_rewrites_the_last_answer(tmp_path, capsys):
+    folder = Path(save_random(tmp_path / "model", CONFIGS["windows"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: "
+        "{{ message.content if message.role == 'user' else 'something' }}\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    example("chat").main(["--model", str(folder), "--disk-dir", str(tmp_path), *RUNS["chat"]])
+    assert "all answers are those of DynamicCache" in capsys.readouterr().out
+
+
+def test_a_budget_that_is_too_small_is_one_line(tmp_path):
+    folder = save_random(tmp_path / "model", CONFIGS["many layers"])
+    command = [sys.executable, str(ROOT / "examples" / "long_document.py"), "--model", folder]
+    command += ["--device-bytes", "64KiB", "--prompt-tokens", "500", "--disk-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: device_bytes=64.0 KiB holds")

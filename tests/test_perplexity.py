@@ -19,7 +19,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from hf_tiered_cache.evaluation import documents, parity, scoring, standard_library
+from hf_tiered_cache.evaluation import (
+    documents,
+    parity,
+    passes,
+    scoring,
+    standard_library,
+)
 from hf_tiered_cache.evaluation.documents import DataError, Document, HubDataset, Text
 
 import perplexity
@@ -80,7 +86,11 @@ def test_losses_logits_and_tokens_are_those_of_dynamic_cache(results):
     assert [(row["context"], row["cache"], row["share_asked"]) for row in rows] == [
         (context, cache, share)
         for context in (256, CONTEXT)
-        for cache, share in (("DynamicCache", None), *(("TieredCache", s) for s in (0, 0.5, 0.8)))
+        for cache, share in (
+            ("DynamicCache", None),
+            ("DynamicCache, noise", None),
+            *(("TieredCache", share) for share in (0, 0.5, 0.8)),
+        )
     ]
     for row in rows:
         assert row["tokens"] == 3 * (row["context"] - 1)
@@ -119,7 +129,8 @@ def test_the_files_say_what_was_run_and_where(measured, results):
         standard_library.relative_path(p) for p in standard_library.held_out_files()[:3]
     ]
     table = (measured / "perplexity.md").read_text()
-    assert table.count("| TieredCache |") == 6
+    assert table.count("| TieredCache (sdpa) |") == 6
+    assert table.count("| DynamicCache, noise (eager) |") == 2
     assert "bars reached" in table
     for name in ("perplexity_by_position.png", "perplexity_slowdown.png"):
         picture = (measured / name).read_bytes()
@@ -135,7 +146,7 @@ def test_a_cache_that_loses_blocks_is_noticed(tmp_path, capsys):
         code = perplexity.main([*SMALL, *options, "--output", str(tmp_path)])
     assert code == 1
     assert "MISSED" in capsys.readouterr().out
-    _, resident, cold = json.loads((tmp_path / "perplexity.json").read_text())["rows"]
+    _, _, resident, cold = json.loads((tmp_path / "perplexity.json").read_text())["rows"]
     assert abs(resident["delta_nll"]) < 1e-6
     assert abs(cold["delta_nll"]) > 1e-3
     assert cold["flips_beyond_rounding"] > 0
@@ -341,12 +352,14 @@ def test_scores_are_those_of_one_plain_forward(tokenizer, tmp_path):
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0, :400]
     window = list(scoring.make_windows(Document("d", ids), tokenizer, 200, 80, 2))[1]
     shape = scoring.block_shape(model, 16, str(tmp_path))
-    passes = scoring.score_window(
+    found = passes.score_window(
         model, window, scoring.Plan(60, 10, 3), shape, [0.8], None, str(tmp_path)
     )
     logits = model(ids[None, 80:280], use_cache=False).logits[0].double()
     expected = logits[119:199].log_softmax(-1)[torch.arange(80), ids[200:280]]
-    for one in passes:
+    assert [one.attention for one in found] == ["sdpa", "eager", "sdpa"]
+    assert model.config._attn_implementation == "sdpa", "as it was"
+    for one in found:
         assert one.log_likelihoods.shape == (80,)
         assert np.abs(one.log_likelihoods - expected.numpy()).max() < 1e-4
         assert one.guesses[119:].tolist() == logits[119:199].argmax(-1).tolist()
@@ -365,7 +378,7 @@ def test_a_flip_counts_as_rounding_up_to_the_dtypes_rounding_only(tmp_path):
     assert [flip.position for flip in found.flips] == [0, 1]
     assert [flip.margin for flip in found.flips] == [2 * one, 3 * one]
     assert [flip.rounding for flip in found.flips] == [one, one]
-    assert [flip.is_rounding for flip in found.flips] == [True, False]
+    assert [flip.roundings for flip in found.flips] == [2, 3]
     assert list(tmp_path.iterdir()) == [], "the logits' file has no name"
     other[2, 0] = torch.nan
     reference.compare(2, other[2:].bfloat16(), found)

@@ -4,15 +4,49 @@
 line.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
 import typer
+from typer.core import TyperGroup
 
 from hf_tiered_cache.commands.bench import bench
 from hf_tiered_cache.commands.env import env
+from hf_tiered_cache.commands.manners import fail
 from hf_tiered_cache.commands.trace import trace
 from hf_tiered_cache.commands.verify import verify
 
+# Of click, which typer brings along in some versions and imports in others.
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
+class Commands(TyperGroup):
+    """The commands; what does not parse is said in one line, like every other mistake."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The same as click's; no arguments show the help."""
+        if not args:
+            return super().parse_args(ctx, args)
+        with _in_one_line():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        fail(f"{cast(Any, error).format_message()} (--help lists what there is)")
+
+
 app = typer.Typer(
     name="hf-tiered-cache",
+    cls=Commands,
     help="Look at the tiered KV cache on your own machine and with your own model.",
     no_args_is_help=True,
     add_completion=False,

@@ -11,8 +11,11 @@ from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.environment import environment
 from hf_tiered_cache.evaluation.models import (
     AUTO,
+    check_has_only_full_attention,
+    check_positions,
     choose_device,
     load_model,
+    load_outline,
     load_tokenizer,
     model_name,
 )
@@ -54,6 +57,7 @@ def bench(
     contexts = sorted(context or (2048,))
     options.check_at_least(1, context=contexts[0], new_tokens=new_tokens, rounds=rounds)
     options.check_at_least(2, chunk=chunk)
+    options.check_cache(disk_dir, disk_io=disk_io)
     options.use_threads(threads)
     race = Race(
         shares=options.check_shares(off_device, MOST_OFF_DEVICE),
@@ -65,6 +69,9 @@ def bench(
         has_reloading=reload,
     )
     where = choose_device(device)
+    outline = load_outline(model, dtype)
+    check_has_only_full_attention(outline)
+    check_positions(outline, contexts[-1], new_tokens)
     tokenizer = load_tokenizer(model)
     (document,) = options.find_documents(tokenizer, data, split, column, join, contexts[-1] + 1)
     loaded = load_model(model, dtype, where)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import typer
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 from hf_tiered_cache.errors import TieredCacheError
@@ -29,6 +30,8 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     def with_manners(*args: Any, **kwargs: Any) -> None:
         if "TRANSFORMERS_VERBOSITY" not in os.environ:
             logging.set_verbosity_error()
+        if "HF_HUB_VERBOSITY" not in os.environ:
+            hub_logging.set_verbosity_error()
         try:
             run(*args, **kwargs)
         except (MistakeError, DataError, ModelError, TieredCacheError, OSError) as error:

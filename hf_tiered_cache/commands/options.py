@@ -1,11 +1,13 @@
 """Arguments that several commands take."""
 
+import os
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from hf_tiered_cache.commands.manners import check
+from hf_tiered_cache.config import TieredCacheConfig, disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import (
     STDLIB,
     Document,
@@ -76,8 +78,17 @@ def check_at_least(least: int, **numbers: int | None) -> None:
         check(got is None or got >= least, f"--{option} {got}: expected {least} or more")
 
 
+def check_cache(disk_dir: str | None, **knobs: Any) -> None:
+    """Raise ConfigError for what a cache would refuse: the folder of its disk tier, which is made
+    if missing, or another of its `knobs`."""
+    TieredCacheConfig(disk_dir=disk_dir, **knobs)
+    free_disk_bytes(disk_directory(disk_dir))
+
+
 def use_threads(threads: int | None) -> None:
-    """Let torch, and so our kernels, use that many threads."""
-    check_at_least(1, threads=threads)
-    if threads:
+    """Let torch, and so our kernels, use that many threads. Raises MistakeError for more than
+    there are processors: torch would end the process where it cannot start them."""
+    if threads is not None:
+        most = os.cpu_count() or 1
+        check(0 < threads <= most, f"--threads {threads}: expected 1 to {most}, the processors")
         torch.set_num_threads(threads)

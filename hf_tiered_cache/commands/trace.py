@@ -1,5 +1,6 @@
 """`trace MODEL`: a short prefill and decode through a small budget, recorded and drawn."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,18 @@ import typer
 from hf_tiered_cache import tracing
 from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import command
+from hf_tiered_cache.commands.manners import check, command
 from hf_tiered_cache.evaluation.documents import STDLIB
-from hf_tiered_cache.evaluation.models import AUTO, choose_device, load_model, load_tokenizer
+from hf_tiered_cache.evaluation.models import (
+    AUTO,
+    check_attention,
+    check_has_full_attention,
+    check_positions,
+    choose_device,
+    load_model,
+    load_outline,
+    load_tokenizer,
+)
 from hf_tiered_cache.evaluation.scoring import fitting_shape
 from hf_tiered_cache.evaluation.timeline import (
     DECODE,
@@ -49,8 +59,19 @@ def trace(
     """Record loads, stores, attention and waits of a short run, and draw what hides what."""
     (share,) = options.check_shares([off_device], 1.0)
     options.check_at_least(2, context=context, new_tokens=new_tokens, chunk=chunk)
+    options.check_cache(disk_dir, block_tokens=block_tokens, disk_io=disk_io)
+    json_file, picture = output.with_suffix(".json"), output.with_suffix(".png")
+    check(
+        os.access(output.parent, os.W_OK | os.X_OK),
+        f"--output {output}: {output.parent} is no folder that can be written to",
+    )
     options.use_threads(threads)
     where = choose_device(device)
+    outline = load_outline(model, dtype)
+    check_has_full_attention(outline)
+    check_positions(outline, context, new_tokens)
+    if attention is not None:
+        check_attention(outline, attention)
     tokenizer = load_tokenizer(model)
     (document,) = options.find_documents(tokenizer, data, split, column, join, context)
     loaded = load_model(model, dtype, where)
@@ -61,7 +82,6 @@ def trace(
     if share:
         budgets["disk_io"] = disk_io
     ids = document.ids[None, :context].to(where)
-    json_file, picture = output.with_suffix(".json"), output.with_suffix(".png")
     with (
         TieredCache(config=loaded.config, disk_dir=disk_dir, **budgets) as cache,
         tracing.trace(json_file) as recorded,

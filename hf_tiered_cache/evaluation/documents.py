@@ -70,6 +70,9 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
     Raises DataError.
     """
     path = Path(source).expanduser()
+    if (split or column) and (source == STDLIB or (path.exists() and not _is_data_set(path))):
+        name, given = ("--split", split) if split else ("--column", column)
+        raise DataError(f"{name} {given}: --data {source} is no data set; leave it out")
     if source == STDLIB:
         for file in held_out_files():
             yield Text(relative_path(file), file.read_text(encoding="utf-8"))
@@ -78,10 +81,7 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
     elif path.is_dir():
         yield from _folder_texts(path)
     elif path.suffix == ".parquet" and path.exists():
-        rows = _datasets().load_dataset(
-            "parquet", data_files=str(path), split=split or "train", streaming=True
-        )
-        yield from _rows(rows, path.name, column or "text")
+        yield from _file_rows(path, split or "train", column or "text")
     elif path.is_file():
         yield Text(path.name, path.read_text(encoding="utf-8", errors="replace"))
     elif source in HUB_DATASETS or source.count("/") == 1:
@@ -91,6 +91,10 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
             f"--data {source}: no such file or folder; expected {STDLIB}, a text or parquet file, "
             f"a folder of texts, one of {', '.join(HUB_DATASETS)}, or org/name of the hub"
         )
+
+
+def _is_data_set(path: Path) -> bool:
+    return path.suffix == ".parquet" or (path / "dataset_info.json").exists()
 
 
 def is_joined(source: str) -> bool:
@@ -140,6 +144,22 @@ def _folder_texts(folder: Path) -> Iterator[Text]:
             yield Text(name, file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             continue
+
+
+def _file_rows(path: Path, split: str, column: str) -> Iterator[Text]:
+    """Rows of a parquet file."""
+    try:
+        rows = _datasets().load_dataset(
+            "parquet", data_files=str(path), split=split, streaming=True
+        )
+        yield from _rows(rows, path.name, column)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # no such split; no parquet in it
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"--data {path.name}, --split {split}: {reason}; expected a parquet file"
+        ) from None
 
 
 def _hub_texts(dataset: HubDataset, split: str | None, column: str | None) -> Iterator[Text]:

@@ -5,9 +5,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from hf_tiered_cache import attention
+from hf_tiered_cache.devices import check_supported
+from hf_tiered_cache.errors import UnsupportedInputError
 
 AUTO = "auto"
+DTYPES = ("float32", "bfloat16", "float16")
+NOT_LOADED = (OSError, ValueError, ImportError, SafetensorError)
 
 
 class ModelError(ValueError):
@@ -17,37 +30,111 @@ class ModelError(ValueError):
 def load_model(name: str, dtype: str = AUTO, device: str | torch.device = "cpu") -> PreTrainedModel:
     """A causal model in evaluation mode.
 
-    name: hub id or folder. dtype: "auto" for the checkpoint's own, or a name of torch's. Raises
+    name: hub id or folder. dtype: "auto" for the checkpoint's own, or one of DTYPES. Raises
     ModelError.
     """
-    known = AUTO if dtype == AUTO else getattr(torch, dtype, None)
-    if not (known == AUTO or (isinstance(known, torch.dtype) and known.is_floating_point)):
-        raise ModelError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+    check_dtype(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=known)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except NOT_LOADED as error:
         raise _not_loaded(name, error) from None
     return model.eval().to(device)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ModelError unless `dtype` is "auto" or one of DTYPES."""
+    if dtype not in (AUTO, *DTYPES):
+        raise ModelError(f"--dtype {dtype}: expected {AUTO}, {', '.join(DTYPES)}")
+
+
+def load_outline(name: str, dtype: str = AUTO) -> PreTrainedModel:
+    """A causal model without its weights, on the meta device, from its config alone: whether it can
+    be measured is seen before anything is loaded. Raises ModelError."""
+    check_dtype(dtype)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise _not_loaded(name, FileNotFoundError("no such folder"))  # ask no hub
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if dtype != AUTO:
+            config.dtype = dtype
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except NOT_LOADED as error:
+        raise _not_loaded(name, error) from None
+    own = str(model.dtype).removeprefix("torch.")
+    if own not in DTYPES:
+        raise ModelError(f"{name} is in {own}: give --dtype, one of {', '.join(DTYPES)}")
+    return model
+
+
+def check_positions(model: PreTrainedModel, context: int, new_tokens: int) -> None:
+    """Raise ModelError unless the model was made for a context and the tokens decoded behind it."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and context + new_tokens > limit:
+        raise ModelError(
+            f"--context {context} and --new-tokens {new_tokens}: the model was made for {limit:,} "
+            f"positions; expected a context of {max(0, limit - new_tokens)} at most"
+        )
+
+
+def check_attention(model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError unless the model takes that implementation of attention, which it has
+    afterwards."""
+    attention.enable()
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ModelError(f"--attention {name}: {reason}; expected e.g. tiered, sdpa") from None
+    if model.config._attn_implementation != name:
+        raise ModelError(
+            f"--attention {name}: {type(model).__name__} computes attention by itself, so none can "
+            "be set; leave the option out"
+        )
+
+
+def check_has_full_attention(model: PreTrainedModel) -> None:
+    """Raise ModelError for a model of which no layer is kept in blocks."""
+    in_blocks = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+    if not any(kind in in_blocks for kind in _kinds(model)):
+        raise ModelError(
+            f"{type(model).__name__} keeps no layer in blocks (they are for full attention), so "
+            "there is nothing to measure; expected a model with full-attention layers"
+        )
+
+
+def check_has_only_full_attention(model: PreTrainedModel) -> None:
+    """Raise ModelError for a model whose caches cannot be compared layer by layer."""
+    if any(one is not DynamicLayer for one in _kinds(model)):
+        raise ModelError(
+            "this model has layers other than full attention, whose caches are not compared; "
+            "expected a model of full attention only"
+        )
+
+
+def _kinds(model: PreTrainedModel) -> list[type]:
+    """What transformers keeps each layer of the model in."""
+    return [type(layer) for layer in DynamicCache(config=model.config).layers]
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub id or folder. Raises ModelError."""
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except NOT_LOADED as error:
         raise _not_loaded(name, error) from None
 
 
 def choose_device(name: str = AUTO) -> torch.device:
-    """A device of that name; "auto" is the accelerator that torch can use, else the CPU. Raises
+    """A device of that name; "auto" is a GPU that torch can use, else the CPU. Raises
     ModelError."""
     if name == AUTO:
-        found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
-        return found or torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        check_supported(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (UnsupportedInputError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"--device {name}: {reason}; expected auto, cpu or cuda") from None
     return device

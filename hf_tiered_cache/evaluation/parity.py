@@ -1,37 +1,22 @@
-"""From passes to figures: one row per dtype, context and cache, its bars, and a Markdown table.
-
-Four bars: the loss per token; every flip's margin within the dtype's rounding of the logits it
-stands between; the continuations, which may part at such a flip only; and the logits' bits, which
-must not depend on the share off the device.
+"""From passes to figures: one row per dtype, context and cache, and a Markdown table.
 
 Likelihoods are natural logarithms; a bit per byte is a nat per byte over log 2.
 """
 
 import math
 import statistics
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from hf_tiered_cache.evaluation.scoring import ROUNDINGS_OF_A_FLIP, Flip, Pass
+from hf_tiered_cache.evaluation.bars import Bar
+from hf_tiered_cache.evaluation.scoring import NOISE, REFERENCE, ROUNDINGS_OF_A_FLIP, TIERED, Pass
 from hf_tiered_cache.sizes import format_bytes
 
-# |delta NLL| per token, in nats, that a dtype may show against DynamicCache in the same dtype.
-NLL_BARS = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3}
 FIRST_BUCKET = 128
 MAX_LISTED_FLIPS = 5
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A figure beside what it must keep."""
-
-    what: str
-    measured: str
-    bar: str
-    is_reached: bool
+ORDER = (REFERENCE, NOISE, TIERED)
 
 
 def buckets(context: int) -> list[tuple[int, int]]:
@@ -43,37 +28,39 @@ def buckets(context: int) -> list[tuple[int, int]]:
 
 
 def rows(dtype: str, passes: list[Pass]) -> list[dict[str, Any]]:
-    """One row per (context, cache, share) over all windows, `DynamicCache` first."""
+    """One row per (context, cache, share) over all windows, the reference first, then the noise."""
     groups: dict[tuple[int, str, float | None], list[Pass]] = {}
     for one in passes:
         groups.setdefault((one.context, one.cache, one.share), []).append(one)
-    dynamic = {one.key: one for one in passes if one.cache == "DynamicCache"}
+    dynamic = {one.key: one for one in passes if one.cache == REFERENCE}
     resident = {one.key: one for one in passes if one.share == 0}
     table: list[dict[str, Any]] = []
     for (context, cache, share), group in sorted(
-        groups.items(), key=lambda item: (item[0][0], -1.0 if item[0][2] is None else item[0][2])
+        groups.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1]), item[0][2] or 0.0)
     ):
         row: dict[str, Any] = {
             "dtype": dtype,
             "context": context,
             "cache": cache,
             "share_asked": share,
+            "attention": group[0].attention,
         }
         row |= _likelihoods(group)
         row |= _speed(group)
         row["peak_bytes"] = {
             tier: max(one.peak_bytes[tier] for one in group) for tier in group[0].peak_bytes
         }
-        if cache != "DynamicCache":
+        if cache != REFERENCE:
             references = [dynamic[one.key] for one in group]
-            row["share_off_device"] = statistics.fmean(one.off_device for one in group)
-            row["block_tokens"] = group[0].block_tokens
             row |= _differences(group, references)
             row["by_position"] = [
                 bucket | _bucket_difference(bucket, group, references)
                 for bucket in row["by_position"]
             ]
             row["slowdown_over_dynamic"] = _slowdown(group, references)
+        if cache == TIERED:
+            row["share_off_device"] = statistics.fmean(one.off_device for one in group)
+            row["block_tokens"] = group[0].block_tokens
             if resident:
                 residents = [resident[one.key] for one in group]
                 row["slowdown_over_resident"] = _slowdown(group, residents)
@@ -90,50 +77,11 @@ def add_float32(table: list[dict[str, Any]]) -> None:
     exact = {
         row["context"]: row["nll"]
         for row in table
-        if row["dtype"] == "float32" and row["cache"] == "DynamicCache"
+        if row["dtype"] == "float32" and row["cache"] == REFERENCE
     }
     for row in table:
         if row["context"] in exact:
             row["nll_over_float32"] = row["nll"] - exact[row["context"]]
-
-
-def bars(row: dict[str, Any]) -> list[Bar]:
-    """What a row of a TieredCache must keep; none for DynamicCache."""
-    if row["cache"] == "DynamicCache":
-        return []
-    limit = NLL_BARS[row["dtype"]]
-    what = (
-        f"{row['dtype']}, context {row['context']:,}, {row['share_off_device']:.0%} off the device"
-    )
-    worst = row["largest_flips"][0] if row["largest_flips"] else None
-    margin = f"{worst['margin']:.2g}" if worst else "none"
-    rounding = f"{ROUNDINGS_OF_A_FLIP * worst['rounding']:.2g}" if worst else "rounding"
-    same = f"{row['continuations_identical']} of {row['windows']}"
-    kept = [
-        Bar(
-            f"{what}: delta NLL",
-            f"{abs(row['delta_nll']):.1e}",
-            f"{limit:.0e}",
-            abs(row["delta_nll"]) <= limit,  # False for NaN
-        ),
-        Bar(
-            f"{what}: {row['flips']} flips",
-            margin,
-            rounding,
-            row["flips_beyond_rounding"] == 0,
-        ),
-        Bar(
-            f"{what}: continued alike",
-            same,
-            f"{row['windows']}",
-            row["continuations_identical"] + row["continuations_parted_within_rounding"]
-            == row["windows"],
-        ),
-    ]
-    if row["share_asked"] and "bits_of_resident" in row:
-        is_same = row["bits_of_resident"]
-        kept.append(Bar(f"{what}: bits of resident", str(is_same), "True", is_same))
-    return kept
 
 
 def _likelihoods(group: list[Pass]) -> dict[str, Any]:
@@ -184,12 +132,9 @@ def _differences(group: list[Pass], references: list[Pass]) -> dict[str, Any]:
     pairs = list(zip(group, references, strict=True))
     deltas = np.concatenate([other.log_likelihoods - one.log_likelihoods for one, other in pairs])
     flips = [flip for one in group for flip in one.flips]
-    flips.sort(key=lambda flip: flip.margin / flip.rounding if flip.rounding else math.inf)
+    flips.sort(key=lambda flip: flip.roundings)
     identical = [one.continuation == other.continuation for one, other in pairs]
-    parted_within_rounding = [
-        not same and all(flip.is_rounding for flip in _flips_of_continuation(one))
-        for same, one in zip(identical, group, strict=True)
-    ]
+    partings = [one.parting for one in group]
     return {
         "delta_nll": float(deltas.mean()),
         "delta_nll_standard_error": float(deltas.std() / math.sqrt(len(deltas))),
@@ -198,17 +143,14 @@ def _differences(group: list[Pass], references: list[Pass]) -> dict[str, Any]:
         "max_delta_logit": max(one.max_delta_logit for one in group),
         "compared_tokens": sum(one.compared_rows for one in group),
         "flips": len(flips),
-        "flips_beyond_one_rounding": sum(flip.margin > flip.rounding for flip in flips),
-        "flips_beyond_rounding": sum(not flip.is_rounding for flip in flips),
+        "flips_beyond_one_rounding": sum(flip.roundings > 1 for flip in flips),
+        "flips_beyond_rounding": sum(flip.roundings > ROUNDINGS_OF_A_FLIP for flip in flips),
+        "widest_flip_roundings": flips[-1].roundings if flips else 0.0,
         "largest_flips": [vars(flip) for flip in flips[: -MAX_LISTED_FLIPS - 1 : -1]],
         "new_tokens": len(group[0].continuation),
         "continuations_identical": sum(identical),
-        "continuations_parted_within_rounding": sum(parted_within_rounding),
+        "parting_roundings": [flip.roundings for flip in partings if flip],
     }
-
-
-def _flips_of_continuation(one: Pass) -> list[Flip]:
-    return [flip for flip in one.flips if flip.position >= one.context - 1]
 
 
 def _speed(group: list[Pass]) -> dict[str, float]:
@@ -266,32 +208,35 @@ def markdown(table: list[dict[str, Any]], kept: list[Bar], environment: dict[str
         f"threads, kernel {environment['kernel']}, torch {environment['torch']}, transformers "
         f"{environment['transformers']}. Model {environment['model']}, data {environment['data']}: "
         f"{', '.join(environment['documents'])}. The last {environment['decode_tokens']} tokens of "
-        "each context by single-token decode. Delta: against DynamicCache. Slowdown: against the "
+        "each context by single-token decode. Delta: against DynamicCache with the model's own "
+        "attention; noise: with another of transformers' own. Slowdown: against the "
         "TieredCache with everything on the device, then against DynamicCache (below 1 is faster)."
     )
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in table]
     missed = [bar for bar in kept if not bar.is_reached]
     lines += ["", f"{len(kept) - len(missed)} of {len(kept)} bars reached."]
-    lines += [f"MISSED {bar.what}: {bar.measured}, bar {bar.bar}" for bar in missed]
+    lines += [f"MISSED {bar.name}: {bar}" for bar in missed]
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    is_tiered = row["cache"] != "DynamicCache"
-    margins = row["largest_flips"][:1] if is_tiered else []
+    is_compared = row["cache"] != REFERENCE
+    margins = row["largest_flips"][:1] if is_compared else []
     slowdowns = [row[name]["decode"] for name in SLOWDOWNS if name in row]
     return [
         row["dtype"],
         f"{row['context']:,}",
-        row["cache"],
-        f"{row['share_off_device']:.0%}" if is_tiered else "",
+        f"{row['cache']} ({row['attention']})",
+        f"{row['share_off_device']:.0%}" if row["cache"] == TIERED else "",
         f"{row['nll']:.6f}",
         f"{row['bits_per_byte']:.4f}",
-        f"{row['delta_nll']:+.1e}" if is_tiered else "",
-        f"{row['max_delta_logit']:.1e}" if is_tiered else "",
-        f"{row['flips']}" + "".join(f" ({m['margin']:.2g})" for m in margins) if is_tiered else "",
-        f"{row['continuations_identical']} of {row['windows']}" if is_tiered else "",
+        f"{row['delta_nll']:+.1e}" if is_compared else "",
+        f"{row['max_delta_logit']:.1e}" if is_compared else "",
+        f"{row['flips']}" + "".join(f" ({m['margin']:.2g})" for m in margins)
+        if is_compared
+        else "",
+        f"{row['continuations_identical']} of {row['windows']}" if is_compared else "",
         ", ".join(f"{tier} {format_bytes(size)}" for tier, size in row["peak_bytes"].items()),
         f"{row['prefill_tokens_per_second']:.0f}",
         f"{row['decode_tokens_per_second']:.1f}",

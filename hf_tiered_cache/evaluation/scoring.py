@@ -3,8 +3,8 @@ are from that.
 
 A window's first tokens are prefilled by chunks, its last ones go one by one, and a greedy
 continuation follows, so that the prefill and the decode kernel both are what is measured. The
-first pass (`DynamicCache`) keeps its logits, the passes after it are compared with them row by row.
-Every pass has the machine to itself: its times are those of a user.
+first pass keeps its logits, the passes after it are compared with them row by row. Which passes
+there are says `passes.py`.
 """
 
 import math
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.config import disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import DataError, Document
-from hf_tiered_cache.evaluation.models import ModelError
-from hf_tiered_cache.metrics import CacheStats
+from hf_tiered_cache.evaluation.models import check_has_full_attention
 from hf_tiered_cache.sizes import format_bytes
 
+REFERENCE, NOISE, TIERED = "DynamicCache", "DynamicCache, noise", "TieredCache"
 MIN_BLOCK_TOKENS = 16
 ROWS_AT_ONCE = 128  # of the logits, in float64
 ROUNDINGS_OF_A_FLIP = 2
@@ -33,7 +33,7 @@ ROUNDINGS_OF_A_FLIP = 2
 STAGING_SHARE, STAGING_BYTES, MIN_STAGING_BLOCKS = 1 / 4, 16 << 20, 2
 
 
-def _uncounted(num_tokens: int) -> None:
+def uncounted(num_tokens: int) -> None:
     """No progress is shown."""
 
 
@@ -75,18 +75,21 @@ class Flip:
     rounding: float
 
     @property
-    def is_rounding(self) -> bool:
-        """Whether rounded logits alone explain it: a flip stands between two logits, and each may
-        come out one rounding apart in two passes (half of one off in either)."""
-        return self.margin <= ROUNDINGS_OF_A_FLIP * self.rounding
+    def roundings(self) -> float:
+        """The margin in roundings: up to ROUNDINGS_OF_A_FLIP rounded logits alone explain it. It
+        stands between two logits, and each may come out one rounding apart in two passes (half of
+        one off in either)."""
+        is_number = self.rounding > 0 and math.isfinite(self.margin)
+        return self.margin / self.rounding if is_number else math.inf
 
 
 @dataclass
 class Pass:
     """What one window gave with one cache."""
 
-    cache: str
+    cache: str  # REFERENCE, NOISE or TIERED
     share: float | None  # asked to be off the device
+    attention: str = ""  # transformers' name of the implementation
     document: str = ""
     context: int = 0
     start: int = 0
@@ -113,6 +116,11 @@ class Pass:
     @property
     def key(self) -> tuple[int, str, int]:
         return self.context, self.document, self.start
+
+    @property
+    def parting(self) -> Flip | None:
+        """Where the continuation left that of the first pass."""
+        return next((flip for flip in self.flips if flip.position >= self.context - 1), None)
 
 
 def num_tokens(window: Window, plan: Plan) -> int:
@@ -193,7 +201,7 @@ def run_window(
     plan: Plan,
     reference: Reference,
     found: Pass,
-    on_tokens: Callable[[int], None] = _uncounted,
+    on_tokens: Callable[[int], None] = uncounted,
 ) -> Pass:
     """Put a window and its continuation through a cache; fill in and return `found`.
 
@@ -268,14 +276,17 @@ class BlockShape:
     def num_blocks(self, num_tokens: int) -> int:
         return self.num_layers * math.ceil(num_tokens / self.block_tokens)
 
-    def budgets(self, num_tokens: int, share: float) -> dict[str, Any]:
+    def budgets(self, num_tokens: int, share: float, num_forks: int = 0) -> dict[str, Any]:
         """Arguments for a TieredCache that keeps all but `share` of the blocks on the device.
 
-        At least a block per layer, the one being filled, stays there. Everything resident goes
-        without a disk.
+        At least a block per layer, the one being filled, stays there; and one more for each of
+        `num_forks` deep copies. Everything resident goes without a disk.
         """
         blocks = self.num_blocks(num_tokens)
-        resident = max(blocks - round(share * blocks), self.num_layers) * self.block_bytes
+        resident = (
+            max(blocks - round(share * blocks), self.num_layers) + num_forks * self.num_layers
+        )
+        resident *= self.block_bytes
         staging = min(STAGING_BYTES, resident * STAGING_SHARE / (1 - STAGING_SHARE))
         staging = max(math.ceil(staging), MIN_STAGING_BLOCKS * self.block_bytes)
         return {
@@ -290,17 +301,13 @@ def block_shape(
     model: PreTrainedModel, block_tokens: int | None, disk_dir: str | None
 ) -> BlockShape:
     """Ask a cache that holds a few tokens. Raises ModelError where no layer is kept in blocks."""
+    check_has_full_attention(model)
     with TieredCache(config=model.config, block_tokens=block_tokens, disk_dir=disk_dir) as cache:
         for tokens in (4, 1):  # also the first, slow forward of either kind
             model(
                 torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache
             )
         stats = cache.stats()
-    if not stats.num_layers:
-        raise ModelError(
-            f"{type(model).__name__} keeps no layer in blocks (they are for full attention), so "
-            "there is nothing to measure; expected a model with full-attention layers"
-        )
     return BlockShape(stats.block_tokens, stats.block_bytes, stats.num_layers)
 
 
@@ -324,58 +331,3 @@ def fitting_shape(
     if fitting < shape.block_tokens:
         return block_shape(model, fitting, disk_dir)
     return shape
-
-
-def score_window(
-    model: PreTrainedModel,
-    window: Window,
-    plan: Plan,
-    shape: BlockShape,
-    shares: list[float],
-    attention: str | None = None,
-    disk_dir: str | None = None,
-    on_tokens: Callable[[int], None] = _uncounted,
-) -> list[Pass]:
-    """The passes of one window: `DynamicCache`, then a `TieredCache` per share.
-
-    attention: transformers' name of the attention that the tiered passes use; None for the
-    model's own.
-    """
-    most_tokens = window.context + plan.new_tokens
-    reference = Reference(most_tokens, disk_dir)
-    own = model.config._attn_implementation
-    dynamic = DynamicCache(config=model.config)
-    first = run_window(
-        model, dynamic, window, plan, reference, Pass("DynamicCache", None), on_tokens
-    )
-    first.peak_bytes = {"memory": dense_bytes(dynamic)}
-    del dynamic
-    passes = [first]
-    try:
-        if attention:
-            model.set_attn_implementation(attention)
-        for share in shares:
-            found = Pass("TieredCache", share)
-            budgets = shape.budgets(most_tokens, share)
-            with TieredCache(config=model.config, disk_dir=disk_dir, **budgets) as cache:
-                run_window(model, cache, window, plan, reference, found, on_tokens)
-                read_stats(found, cache.stats())
-            passes.append(found)
-    finally:
-        if attention:
-            model.set_attn_implementation(own)
-    return passes
-
-
-def dense_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that a `DynamicCache` holds."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
-
-
-def read_stats(found: Pass, stats: CacheStats) -> None:
-    """Fill in what the cache says of itself."""
-    blocks = stats.num_layers * math.ceil(stats.num_tokens / stats.block_tokens) * stats.batch
-    found.off_device = stats.cold_blocks / blocks
-    found.block_tokens = stats.block_tokens
-    found.peak_bytes = {tier.name: tier.peak_bytes for tier in stats.tiers}

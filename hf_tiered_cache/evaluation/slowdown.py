@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hf_tiered_cache.cache import TieredCache
-from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.models import check_has_only_full_attention
 from hf_tiered_cache.evaluation.scoring import block_shape
 from hf_tiered_cache.evaluation.timing import decode, fill, paired
 from hf_tiered_cache.progress import progress_bar
@@ -102,6 +102,7 @@ def run_race(
     text_ids: `[1, more than context]`, read by the model; None for random keys and values, where
     only time is of interest. Raises ModelError for a model whose caches cannot be compared.
     """
+    check_has_only_full_attention(model)
     if text_ids is None:
         ids = torch.randint(0, model.config.vocab_size, (1, context + 1))
     else:
@@ -174,11 +175,6 @@ def _make_sides(
             for chunk in ids[:, :context].split(race.chunk, 1):
                 model(chunk, past_key_values=dynamic, logits_to_keep=1)
                 bar.update(chunk.shape[1])
-    if any(type(layer) is not DynamicLayer for layer in dynamic.layers):
-        raise ModelError(
-            "this model has layers other than full attention, whose caches are not compared; "
-            "expected a model of full attention only"
-        )
     sides[DYNAMIC] = dynamic
     shape = block_shape(model, None, race.disk_dir)
     for share in race.shares:

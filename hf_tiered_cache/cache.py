@@ -451,7 +451,7 @@ class TieredCache(DynamicCache):
             for name, value in vars(self).items():
                 if name not in ("_owned", "_guard", "layers"):
                     setattr(fork, name, copy.deepcopy(value, memo))
-            fork._own(self._owned.pool.share())
+            fork._own(self._owned.pool)
             fork._owned.reader = Reader(self._owned.reader)
             fork.layers = [
                 layer.fork(fork._owned)

@@ -25,6 +25,7 @@ from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.paged_states import PagedStates, Reader, Snapshot
 from hf_tiered_cache.read_only import ReadOnlyTensor
+from hf_tiered_cache.tiers.base import in_finalizer
 
 MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
 
@@ -45,7 +46,8 @@ class OwnedTables:
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
         self._first_layer: int | None = None
         self.find_guard: Callable[[], ForwardGuard | None] = _no_guard
-        self._finalizer = weakref.finalize(self, _release, pool, self._tables)
+        pool.add_owner(self._tables)
+        self._finalizer = weakref.finalize(self, in_finalizer, pool.release, self._tables)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OwnedTables, (self.pool,)  # layers bring what they hold
@@ -111,9 +113,13 @@ class OwnedTables:
         return self._tables.get(layer_idx, (None, None))[1] is table
 
     def close(self) -> None:
-        """Drop the tables, and the pool with the last fork. Idempotent."""
+        """Drop the tables, and the pool with the last fork. Idempotent, and repeatable should it be
+        interrupted."""
         self._forget_order()
-        self._finalizer()
+        if not self.is_closed:
+            self.pool.release(self._tables)
+            self._tables.clear()
+            self._finalizer.detach()
 
     def _forget_order(self) -> None:
         self._scans.clear()
@@ -122,12 +128,6 @@ class OwnedTables:
 
 def _no_guard() -> None:
     return None
-
-
-def _release(pool: ManagerPool, tables: dict[int, tuple[OffloadManager, BlockTable]]) -> None:
-    owned = list(tables.values())
-    tables.clear()
-    pool.release(owned)
 
 
 class Saved(NamedTuple):
@@ -452,7 +452,7 @@ class TieredLayer(CacheLayerMixin):
         self._assigned = assigned
 
     def __copy__(self) -> "TieredLayer":
-        return self.fork(OwnedTables(self._owned.pool.share()))
+        return self.fork(OwnedTables(self._owned.pool))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredLayer":
         return self.__copy__()  # what is shared never changes

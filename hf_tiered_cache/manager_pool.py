@@ -4,7 +4,7 @@ Layers whose blocks have the same shape and device share one manager; a model sp
 or one whose layers differ in heads, has several. All of them draw on the same budgets.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ MIN_STAGING_BLOCKS = 2  # one is attended while one loads
 
 class ManagerPool:
     """Makes a manager for each (layout, device) on first use; closed when its last owner leaves.
+    Owners are the caches that share blocks: one and its forks.
 
     `expected_tables`: layers that will be kept in blocks, where the model's config told it, else 0.
     """
@@ -61,7 +62,8 @@ class ManagerPool:
         self._disk = Budget("disk", self.budgets.disk_bytes)
         self._places: dict[torch.device, _Place] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
-        self._num_owners = 1
+        self._owners: dict[int, Mapping[int, _Owned]] = {}  # by identity
+        self._has_ended = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ManagerPool, (self.config, self._expected_tables)  # what was asked for, still empty
@@ -77,7 +79,7 @@ class ManagerPool:
 
     @property
     def is_closed(self) -> bool:
-        return self._num_owners == 0
+        return self._has_ended
 
     def manager(
         self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
@@ -240,26 +242,30 @@ class ManagerPool:
         kinds = dict.fromkeys(device.type for device in self._places)
         return [ops.backend(kind) for kind in kinds]
 
-    def share(self) -> "ManagerPool":
-        """Count one more owner (a fork); each owner calls `release` once."""
-        self._num_owners += 1
-        return self
+    def add_owner(self, tables: Mapping[int, "_Owned"]) -> None:
+        """These tables belong to a cache (by layer; they may change), which calls `release`."""
+        self._owners[id(tables)] = tables
 
-    def release(self, tables: Iterable[tuple[OffloadManager, BlockTable]]) -> None:
+    def release(self, tables: Mapping[int, "_Owned"]) -> None:
         """An owner leaves: its tables are dropped, and after the last one everything is closed.
 
-        May be called by garbage collection, at any moment and in any thread.
+        May be called by garbage collection, at any moment and in any thread; repeatable, should it
+        be interrupted.
         """
-        self._num_owners -= 1
-        if self._num_owners == 0:
-            for place in self._places.values():
-                if place.cpu_lane is not None:
-                    place.cpu_lane.close()  # it reads what is closed next
-            for manager in self.managers:
-                manager.close()
-        else:
-            for manager, table in tables:
+        self._owners.pop(id(tables), None)
+        if self._owners:
+            for manager, table in tables.values():
                 manager.abandon_table(table)
+            return
+        self._has_ended = True
+        for place in self._places.values():
+            if place.cpu_lane is not None:
+                place.cpu_lane.close()  # it reads what is closed next
+        for manager in self.managers:
+            manager.close()
+
+
+_Owned = tuple[OffloadManager, BlockTable]
 
 
 @dataclass

@@ -557,14 +557,14 @@ class OffloadManager:
 
     def close(self) -> None:
         """Give every tier's memory, files and threads back; what is not yet stored never will be.
+        Idempotent.
 
         The tiers below end their transfers before the device's memory goes. Nothing is waited for
         here: garbage collection may call this from one of their threads.
         """
-        if not self._is_closed:
-            self._is_closed = True
-            for tier in reversed(self.tiers):
-                tier.close()
+        self._is_closed = True
+        for tier in reversed(self.tiers):
+            tier.close()
 
     def _check_held(self, table: BlockTable) -> None:
         """Raise ClosedCacheError unless the table's cache is there, and still holds the table."""

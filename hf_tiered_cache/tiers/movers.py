@@ -53,7 +53,7 @@ def compiled_core() -> ModuleType | None:
         core = import_module("hf_tiered_cache._C")
     except ImportError:
         return None
-    return core if hasattr(core, "BlockIO") else None
+    return core if hasattr(getattr(core, "BlockIO", None), "enter") else None  # else an old build
 
 
 def make_mover(name: str, num_threads: int) -> Mover:

@@ -6,6 +6,7 @@ again, in bounded time, with the bits of a cache that was never interrupted, and
 tier is accounted for.
 """
 
+import _thread
 import copy
 import gc
 import itertools
@@ -51,6 +52,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def only_once(monkeypatch) -> None:
+    """What a finalizer swallowed does not come again in the middle of the next case."""
+    monkeypatch.setattr(_thread, "interrupt_main", lambda: None)
 
 
 def chosen(act: Callable[[], Any], is_short: bool, start: int = 0) -> list[Place]:
@@ -174,6 +181,7 @@ def test_a_change_of_the_whole_cache_is_undone_or_refused_where_it_was_interrupt
         ]
 
         def is_right(fork: TieredCache) -> bool:
+            fork.get_seq_length()  # refused here, if at all
             got = step(model, fork, step_of[fork.batch_size])
             return any(got.shape == one.shape and torch.equal(got, one) for one in expected)
 

@@ -4,8 +4,9 @@ Layers whose blocks have the same shape and device share one manager; a model sp
 or one whose layers differ in heads, has several. All of them draw on the same budgets.
 """
 
+import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,12 @@ class ManagerPool:
             split=split,
             cpu_lane=place.cpu_lane,
             group_columns=devices.group_columns(layout, device),
+            lock=place.lock,
         )
-        others = [other for (_, where), other in self._managers.items() if where == device]
-        for sharer in [*others, manager] if others else []:
-            sharer.share_device()
+        for (_, where), other in self._managers.items():
+            if where == device:
+                other.share_device(manager)
+                manager.share_device(other)
         return manager
 
     def _new_place(self, device: torch.device) -> "_Place":
@@ -275,6 +278,7 @@ class _Place:
     budget: Budget
     lane: CopyLane | None
     cpu_lane: CpuLane | None
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 def _tier_stats(

@@ -11,6 +11,7 @@ One manager serves all layers whose blocks have the same layout and device. Fork
 it; `lock` is held by whoever moves or reads blocks.
 """
 
+import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -61,8 +62,10 @@ class OffloadManager:
         split: LaneSplit = STAGE_ALL,
         cpu_lane: CpuLane | None = None,
         group_columns: int = 1,
+        lock: "threading.RLock | None" = None,
     ) -> None:
-        """split, cpu_lane, group_columns: see `BlockReader`."""
+        """split, cpu_lane, group_columns: see `BlockReader`. lock: one for all that share a device,
+        of its own where none is given."""
         device = tiers[DEVICE]
         memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
         assert isinstance(device, DeviceTier)
@@ -72,7 +75,7 @@ class OffloadManager:
         self.device_tier = device
         self.blocks = KVBlockManager(len(tiers))
         self.counters = Counters()
-        self.lock = threading.RLock()
+        self.lock = lock or threading.RLock()
         self._memory = memory  # the tiers whose blocks have addresses: all but the last, at least
         self._lower = tiers[DEVICE + 1 :]
         self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
@@ -84,17 +87,46 @@ class OffloadManager:
         # Stores that nobody waited for yet, by rung, in order of their start.
         self._storing: list[dict[KVBlock, None]] = [{} for _ in tiers]
         self._abandoned: deque[BlockTable] = deque()
-        self._is_sharing_device = False
+        self._neighbours: list[OffloadManager] = []  # on the same device budget
         self._is_closed = False
 
-    def share_device(self) -> None:
-        """Another manager draws on the same device budget from now on: what staging may need is
-        taken at once, for a promise would only bind this manager."""
+    def share_device(self, neighbour: "OffloadManager") -> None:
+        """Another manager draws on the same device budget from now on, under the same lock: what
+        staging may need is taken at once, for a promise would only bind this manager."""
+        assert neighbour.lock is self.lock
         with self.lock:
             self._tidy()
-            self._is_sharing_device = True
             with self.blocks.changing:
+                self._neighbours.append(neighbour)
                 self._stream.claim()
+
+    def yield_device(self, num_bytes: int) -> None:
+        """Give device memory back to the budget, for a neighbour that has less than it needs: as
+        much as this manager can go without, at most so many bytes. Nothing where the device's
+        memory cannot shrink."""
+        if not self.device_tier.can_shrink:
+            return
+        self._tidy()
+        with self.blocks.changing:
+            least_staging = self._least_staging
+            committed = self.device_tier.committed_bytes // self.layout.num_bytes
+            keep = max(self._least_slots, committed - -(-num_bytes // self.layout.num_bytes))
+            if keep >= committed:
+                return
+            self._stream.resize(0)
+            surplus = self.device_tier.used_slots + least_staging - keep
+            if surplus > 0:
+                self.make_room(self._num_free_slots() + surplus)
+            held = {block for table in self.blocks.tables for block in table.blocks()}
+            for block in held:
+                slot = block.slots[DEVICE]
+                if slot is not None and slot >= keep:
+                    lower = self._allocate()
+                    self.device_tier.copy_block(slot, lower)
+                    self._free_copy(block, DEVICE, lower)
+            self.device_tier.shrink(keep)
+            self._stream.resize(least_staging)
+            self._stream.claim()
 
     def new_table(self, layer: int, batch: int) -> BlockTable:
         """An empty table for a layer of `batch` sequences."""
@@ -326,18 +358,43 @@ class OffloadManager:
         columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
         copies, pinned = self._fill_needs(table)
         needed = columns * table.batch + copies
-        staged_columns = STAGED_GROUPS * self._reader.group_columns if self._lower else 0
-        least_staging = staged_columns * self.blocks.max_batch
+        least_staging = self._least_staging
         pinned = max(pinned, self._num_layers * table.batch)
-        most = self.device_tier.used_slots + self.device_tier.num_free()
+        most = self._most_slots(pinned + least_staging)
         if pinned + least_staging > most:
-            raise self._budget_too_small(table.batch, most, pinned, least_staging)
+            raise self._budget_too_small(table.batch, pinned, least_staging)
         staging = min(max(self._staging_slots, least_staging), most - pinned) if self._lower else 0
         free = self._num_free_slots() + self._stream.num_slots - staging
         droppable = self.blocks.num_clean_on(DEVICE)
         if needed > free + droppable + self._num_slots_below(DEVICE):
             raise self._out_of_blocks(needed)
         self._resize_staging(staging)
+
+    @property
+    def _least_staging(self) -> int:
+        """Staging slots without which a forward cannot go on."""
+        staged_columns = STAGED_GROUPS * self._reader.group_columns if self._lower else 0
+        return staged_columns * self.blocks.max_batch
+
+    @property
+    def _least_slots(self) -> int:
+        """Device slots without which a forward cannot go on."""
+        filling = self.device_tier.used_slots - self._stream.num_taken - self.blocks.num_demotable()
+        filling = max(filling, self._num_layers * self.blocks.max_batch)
+        return filling + self._least_staging
+
+    def _most_slots(self, wanted: int) -> int:
+        """The device slots that this manager has or may get; neighbours that hold more than they
+        need give some back, where those are less than wanted."""
+        for neighbour in self._neighbours:
+            most = self.device_tier.used_slots + self.device_tier.num_free()
+            if most < wanted:
+                tier = self.device_tier
+                missing = wanted * self.layout.num_bytes - tier.committed_bytes
+                missing -= tier.budget.free_bytes
+                with contextlib.suppress(OutOfBlocksError, TierIOError):
+                    neighbour.yield_device(missing)
+        return self.device_tier.used_slots + self.device_tier.num_free()
 
     def _fill_needs(self, table: BlockTable) -> tuple[int, int]:
         """(blocks to copy before the table's last blocks can be written, blocks pinned to the
@@ -365,7 +422,7 @@ class OffloadManager:
         except BaseException:
             self._stream.resize(before)
             raise
-        if self._is_sharing_device:
+        if self._neighbours:
             self._stream.claim()
 
     @property
@@ -401,15 +458,16 @@ class OffloadManager:
         assert slot is not None, "make_room promised a slot"
         return slot
 
-    def _budget_too_small(
-        self, batch: int, most: int, pinned: int, staging: int
-    ) -> OutOfBlocksError:
-        smallest = (pinned + staging) * self.layout.num_bytes
+    def _budget_too_small(self, batch: int, pinned: int, staging: int) -> OutOfBlocksError:
+        budget = self.device_tier.budget.limit_bytes
+        others = sum(it._least_slots * it.layout.num_bytes for it in self._neighbours)
+        smallest = (pinned + staging) * self.layout.num_bytes + others
+        beside = f", and {format_bytes(others)} for blocks of other shapes" if others else ""
         return OutOfBlocksError(
-            f"device_bytes={format_bytes(most * self.layout.num_bytes)} holds {most} blocks of "
-            f"{format_bytes(self.layout.num_bytes)}, but {pinned} filling blocks (one for each of "
-            f"{self._num_layers} layers x {batch} sequences, and of forks) and {staging} staging "
-            f"blocks must be there: the smallest device_bytes that works is {smallest} "
+            f"device_bytes={format_bytes(budget)} is too small: {pinned} filling blocks (one for "
+            f"each of {self._num_layers} layers x {batch} sequences, and of forks) and {staging} "
+            f"staging blocks of {format_bytes(self.layout.num_bytes)} must be there{beside}: the "
+            f"smallest device_bytes that works is {smallest} "
             f"({format_bytes(smallest)}); or choose a smaller block_tokens "
             f"(now {self.layout.block_tokens})"
         )
@@ -477,7 +535,7 @@ class OffloadManager:
                 slots = [slot for block in held if (slot := block.slots[rung]) is not None]
                 tier.keep_only(slots)
             self._stream.resize(min(self._stream.num_slots, self.device_tier.num_free()))
-            if self._is_sharing_device:
+            if self._neighbours:
                 self._stream.claim()
 
     def _drop(self, blocks: Iterable[KVBlock]) -> None:
@@ -493,10 +551,10 @@ class OffloadManager:
         for rung in range(first_rung, len(self.tiers)):
             self._free_copy(block, rung)
 
-    def _free_copy(self, block: KVBlock, rung: int) -> None:
-        """Free the block's slot on a rung, if it has one. No store may be reading or writing it;
-        loads may: the tier lets them end undisturbed."""
-        slot = self.blocks.move(block, rung, None)
+    def _free_copy(self, block: KVBlock, rung: int, other: int | None = None) -> None:
+        """Free the block's slot on a rung, if it has one, for another one or none. No store may be
+        reading or writing it; loads may: the tier lets them end undisturbed."""
+        slot = self.blocks.move(block, rung, other)
         if slot is not None:
             self.tiers[rung].free(slot)
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,44 @@ def test_a_device_too_small_is_refused_at_the_first_token_by_the_number_that_wor
         for layer in range(5):
             update(enough, layer=layer)
     assert enough.stats().cold_blocks > 0
+
+
+def test_the_budget_is_quoted_as_it_was_given(make_cache):
+    with pytest.raises(OutOfBlocksError, match=r"device_bytes=100 B is too small"):
+        update(make_cache(device_blocks=None, device_bytes=100))
+
+
+@pytest.mark.parametrize("num_tokens", [5, 200])
+def test_layers_of_two_shapes_work_on_the_device_that_the_error_names(make_cache, num_tokens):
+    """Also where the first layer's prompt filled the device before the second shape was seen."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, 2, num_tokens, dim, generator=generator) for dim in (8, 16)]
+    config = LlamaConfig(num_hidden_layers=2)
+
+    def fill(cache: TieredCache) -> None:
+        for layer, tensor in enumerate(states):
+            cache.update(tensor, tensor, layer)
+        for token in range(9):
+            for layer, tensor in enumerate(states):
+                part = tensor[:, :, token % num_tokens][:, :, None]
+                cache.update(part, part, layer)
+
+    size = 100
+    for _ in range(3):  # too small for one shape, for both, big enough
+        cache = make_cache(config, device_blocks=None, device_bytes=size)
+        try:
+            fill(cache)
+        except OutOfBlocksError as error:
+            named = int(re.search(r"device_bytes that works is (\d+) ", str(error))[1])
+            assert named > size
+            size = named
+    for layer, tensor in zip(cache.layers, states, strict=True):
+        assert layer.get_seq_length() == num_tokens + 9
+        assert torch.equal(layer.keys.materialize()[:, :, :num_tokens], tensor)
+    assert cache.stats().tiers[0].peak_bytes <= size
+    assert cache.stats().cold_blocks > 0 or num_tokens == 5
+    for manager in cache._owned.pool.managers:
+        manager.check_integrity()
 
 
 @pytest.mark.parametrize("device_blocks", [0, 1])

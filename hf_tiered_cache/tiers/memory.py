@@ -117,6 +117,23 @@ class MemoryTier(Tier):
         """Slots that could still be allocated."""
         return self._pool.num_free()
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether memory can be returned to the budget before the tier is closed."""
+        return self._mapping is not None
+
+    def shrink(self, num_slots: int) -> None:
+        """Return the memory behind the first `num_slots` slots, none of which may be in use, to the
+        budget and to the system. Raises BlockStateError; for tiers that `can_shrink`."""
+        assert self._mapping is not None, "this memory comes and goes as a whole"
+        stop = self.committed_bytes
+        self._pool.shrink(num_slots)
+        start = -(-num_slots * self.block_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        if start < stop:
+            base = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
+            offset = self.slab.data_ptr() - base
+            self._mapping.madvise(mmap.MADV_DONTNEED, offset + start, stop - start)
+
     def _give_back(self) -> None:
         """Return the memory at once, even while views of the slab are alive (they read zeros)."""
         self._slab = None

@@ -13,7 +13,8 @@ class SlotPool:
     """Hands out slots `[0, committed)` lowest first, and commits more of them as the budget allows.
 
     A slot is committed once, on its first use: its bytes are held of the budget, then
-    `commit(start, stop)` may get the room for them. Freed slots stay committed. Thread-safe.
+    `commit(start, stop)` may get the room for them. Freed slots stay committed, unless the pool is
+    told to `shrink`. Thread-safe.
 
     What is handed out is in `_used`, what is committed in `_num_committed`, and each of the two
     changes in one step: wherever a caller is interrupted, nothing else has to agree with them.
@@ -111,6 +112,19 @@ class SlotPool:
             self._used = kept
             self._budget.hold(self, self.committed_bytes)
             return surplus
+
+    def shrink(self, num_slots: int) -> None:
+        """Commit only the first `num_slots`, and hold no more of the budget. Raises
+        BlockStateError, and changes nothing, where one behind them is handed out."""
+        with self._lock:
+            if any(slot >= num_slots for slot in self._used):
+                raise BlockStateError(
+                    f"tier {self._tier_name!r} cannot shrink to {num_slots} slots: one behind them"
+                    " is handed out; a bug of this package, please report it"
+                )
+            self._num_committed = min(num_slots, self._num_committed)
+            self._free = list(range(self._num_committed))
+            self._budget.hold(self, self.committed_bytes)
 
     def check(self, slots: Iterable[int]) -> None:
         """Raise BlockStateError unless every slot is handed out."""

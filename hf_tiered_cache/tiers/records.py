@@ -136,7 +136,8 @@ class RecordTable(Generic[AnyUser]):
         """Users of their slots begin. Raises BlockStateError, and changes nothing."""
         with self.lock:
             for slot in _slots_of(users):
-                if self._record(slot).state is RecordState.EMPTY:
+                record = self._record(slot)
+                if not record.checksum and record.state is RecordState.EMPTY:
                     raise BlockStateError(_bug(slot, "is read but was never written"))
             self._begin(users)
 
@@ -216,6 +217,8 @@ class RecordTable(Generic[AnyUser]):
 
     def _free_retired(self, slots: Iterable[int]) -> bool:
         """Give the pool those of the slots that nobody has and nobody uses; whether there were."""
+        if self._pool.num_used == len(self._records):
+            return False  # nearly always: there are none
         unused = {slot for slot in slots if slot not in self._records} & self._pool.used
         unused = unused and unused - self._busy_slots()
         for slot in unused:

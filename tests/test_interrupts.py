@@ -10,10 +10,14 @@ import _thread
 import copy
 import gc
 import itertools
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import families
@@ -28,6 +32,9 @@ from hf_tiered_cache.tiers import movers
 
 FAMILIES = ("Llama", "Gemma 3", "Qwen3-Next", "Falcon-H1", "LFM2")
 CHAINS = ("disk", "host and disk", "python's threads", "host")
+# Python swallows what is raised at the first line of a finalizer, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 STRIDE = 41  # places between two interrupts in the short form
 
 
@@ -241,3 +248,25 @@ def resources() -> tuple[int, list[str]]:
     """(open descriptors, threads of ours): what a closed cache may not leave behind."""
     names = [it.name for it in threading.enumerate() if it.name.startswith("hf_tiered_cache")]
     return len(os.listdir("/proc/self/fd")), sorted(names)
+
+
+@pytest.mark.parametrize(
+    "num_rounds", [60, pytest.param(8000, marks=pytest.mark.slow)], ids=["short", "whole"]
+)
+def test_ctrl_c_at_random_moments_breaks_nothing(tmp_path, num_rounds):
+    """Fewer are interrupted: some end before it comes."""
+    here = Path(__file__).parent
+    script = here / "sigint_at_random.py"
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", script, str(num_rounds), "1", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=60 + num_rounds,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    print(f"\nCtrl-C at random moments: {counts}")
+    assert counts["interrupted"] > num_rounds / 4
+    assert not counts.keys() - {"interrupted", "ok", "refused"}
+    assert os.listdir(tmp_path) == []

@@ -27,7 +27,8 @@ from interrupts import Place, bounded, interrupted_at, places
 from test_failed_forwards import Case, PlannedError, ids_of, step
 from test_generate_parity import check_integrity
 
-from hf_tiered_cache import TieredCache, TornCacheError
+from hf_tiered_cache import TieredCache, TieredCacheError, TornCacheError
+from hf_tiered_cache.block_manager import Changing
 from hf_tiered_cache.tiers import movers
 
 FAMILIES = ("Llama", "Gemma 3", "Qwen3-Next", "Falcon-H1", "LFM2")
@@ -152,6 +153,29 @@ def test_a_forward_interrupted_anywhere_can_be_done_again(tiers, family, is_shor
             assert torch.equal(act(base), expected)
     print(f"\n{family}: forwards interrupted: {dict(counts)}")
     assert counts["ok"] > 10 and not counts.keys() - {"ok", "not reached"}
+
+
+@pytest.mark.parametrize("tiers", ["disk"], indirect=True)
+def test_books_that_nobody_mends_would_be_noticed(tiers, monkeypatch):
+    monkeypatch.setattr(Changing, "was_interrupted", False)
+    model = families.tiny_model("Llama")
+    ids = tokens_of("Llama")
+    num_noticed = 0
+    sample = TieredCache(model.config, **tiers)
+    step(model, sample, ids[0])
+    every = places(lambda: step(model, sample, ids[1]))
+    for place in every[::STRIDE]:
+        with bounded(place), TieredCache(model.config, **tiers) as cache:
+            step(model, cache, ids[0])
+            with interrupted_at(place):
+                step(model, cache, ids[1])
+            try:
+                step(model, cache, ids[2])
+                check(cache)
+            except (AssertionError, TieredCacheError, StopIteration):
+                num_noticed += 1
+    sample.close()
+    assert num_noticed > 0
 
 
 CHANGES: dict[str, tuple[Callable[[TieredCache], Any], ...]] = {

@@ -5,7 +5,8 @@ ahead along the order of a forward. Of those in host memory a part, as large as 
 attended in place: by the kernels themselves where the device is the CPU, else by the CPU lane.
 """
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class BlockReader:
         self._counters = counters
         self._cpu_lane = cpu_lane
         self._num_joined = 0
+        self._find_reading: Callable[[], _Reading | None] = lambda: None
         self._lane_waits = [0.0, 0.0]  # of the copy lane and the CPU lane, at the last correction
 
     def stream(
@@ -95,6 +97,8 @@ class BlockReader:
         move until the next chunk is asked for. Raises TierIOError when a
         cold block cannot be loaded or is not what was stored.
         """
+        reading = _Reading()
+        self._find_reading = weakref.ref(reading)
         num_blocks = table.num_blocks
         if num_tokens is not None:
             num_blocks = min(num_blocks, self._layout.num_blocks(num_tokens))
@@ -108,6 +112,11 @@ class BlockReader:
             elif not beside:
                 self._counters.in_place_reads += num_reads
                 yield Chunk(part.first, part.slots, HOST)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a `stream` is between two chunks, so that nothing may move."""
+        return self._find_reading() is not None
 
     def attend_beside(
         self, table: BlockTable, query: torch.Tensor, arguments: dict[str, Any]
@@ -262,6 +271,12 @@ class BlockReader:
                 for block in table.blocks(max(first, part.first), part.last):
                     if not block.is_resident:
                         yield block
+
+
+class _Reading:
+    """Lives in the frame of a `stream`, and so exactly as long."""
+
+    __slots__ = ("__weakref__",)
 
 
 class _Part(NamedTuple):

@@ -103,8 +103,8 @@ class OffloadManager:
     def yield_device(self, num_bytes: int) -> None:
         """Give device memory back to the budget, for a neighbour that has less than it needs: as
         much as this manager can go without, at most so many bytes. Nothing where the device's
-        memory cannot shrink."""
-        if not self.device_tier.can_shrink:
+        memory cannot shrink, or while blocks are being read."""
+        if self._reader.is_reading or not self.device_tier.can_shrink:
             return
         self._tidy()
         with self.blocks.changing:

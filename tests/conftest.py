@@ -1,10 +1,11 @@
 """Fixtures that many rooms need."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from hf_tiered_cache import TieredCache
 
@@ -13,6 +14,15 @@ from hf_tiered_cache import TieredCache
 def ctrl_c() -> None:
     """A suite that was started in the background ignores Ctrl-C, and so would its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models as small as those of the tests gain nothing by more."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

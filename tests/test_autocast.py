@@ -7,7 +7,7 @@ import torch
 from test_generate_parity import check_integrity, run, tiny_model
 from transformers import DynamicCache
 
-from hf_tiered_cache import UnsupportedInputError
+from hf_tiered_cache import OutOfBlocksError, UnsupportedInputError
 
 
 def autocast(dtype: torch.dtype | None):
@@ -86,4 +86,22 @@ def test_a_layer_becomes_wider_without_loss_and_never_by_a_mistake(make_cache):
     assert torch.equal(before.materialize(), states[0])
     cache.crop(-6)
     assert torch.equal(cache.layers[0].keys.materialize(), states[0].float())
+    check_integrity(cache)
+
+
+@pytest.mark.parametrize("device_blocks", range(3, 12))
+def test_on_a_full_device_a_layer_becomes_wider_or_stays_as_it_was(make_cache, device_blocks):
+    cache = make_cache(None, device_blocks)
+    generator = torch.Generator().manual_seed(1)
+    narrow = torch.randn(1, 2, 150, 8, generator=generator).to(BRAIN)
+    wide = torch.randn(1, 2, 3, 8, generator=generator)
+    cache.update(narrow, narrow, 0)
+    try:
+        cache.update(wide, wide, 0)
+        expected = torch.cat([narrow.float(), wide], 2)
+    except OutOfBlocksError:
+        expected = narrow
+    for states in (cache.layers[0].keys, cache.layers[0].values):
+        assert states.dtype == expected.dtype
+        assert torch.equal(states.materialize(), expected)
     check_integrity(cache)

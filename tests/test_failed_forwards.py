@@ -28,6 +28,8 @@ from transformers import (
 from hf_tiered_cache import TieredCache, TierIOError, disable, enable, forwards, manager_pool
 from hf_tiered_cache.tiers.disk import DiskTier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What keeps its past differently: full, windowed, linear, both in one layer, convolutions alone.
 FAMILIES = ("Llama", "Gemma 3", "Qwen3-Next", "Falcon-H1", "LFM2")
 STEPS = (14, 9, 1, 1, 1)  # tokens of each forward: two chunks of a prompt, then a few tokens

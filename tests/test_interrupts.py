@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ from hf_tiered_cache.tiers import movers
 FAMILIES = ("Llama", "Gemma 3", "Qwen3-Next", "Falcon-H1", "LFM2")
 CHAINS = ("disk", "host and disk", "python's threads", "host")
 # Python swallows what is raised at the first line of a finalizer, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 STRIDE = 41  # places between two interrupts in the short form
 
@@ -51,15 +54,6 @@ def tiers(request, tmp_path, monkeypatch) -> dict[str, Any]:
     if chain == "host":
         knobs["disk_bytes"] = 0
     return {**knobs, "disk_dir": tmp_path, "block_tokens": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing by more."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(autouse=True)

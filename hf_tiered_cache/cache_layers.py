@@ -365,11 +365,11 @@ class TieredLayer(CacheLayerMixin):
         if self._table in except_for:
             return
         if self._table is not None and self._manager is not None:
+            self.is_initialized = False  # first: then whatever an interrupt leaves is replaced
             with self._manager.lock:
                 self._detach_snapshots()
                 self._owned.drop(self._layer_idx, self._manager, self._table)
             self._manager = self._table = None
-            self.is_initialized = False
 
     def _keep(self, num_tokens: int) -> None:
         """Keep the first tokens."""

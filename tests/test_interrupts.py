@@ -232,6 +232,7 @@ def test_a_cache_can_be_reset_and_closed_where_that_was_interrupted(tiers, famil
             step(model, cache, ids[number])
         return cache
 
+    gc.collect()
     idle = resources()
     for verb in ("reset", "close"):
         with filled() as sample:

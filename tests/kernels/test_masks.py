@@ -71,6 +71,8 @@ def test_positions_attend_what_the_mask_does(make_case):
     starts = masks.causal_starts(mask, 60, 90)
     by_mask = case.attend(mask=mask, causal=False)
     by_position = case.attend(starts=starts)
-    assert torch.equal(by_mask.lse, by_position.lse)
+    # What is not attended is left out here and weighs nothing there: other lanes hold the sums.
+    ulp = torch.finfo(torch.float32).eps * by_mask.lse.abs().max()
+    assert (by_mask.lse - by_position.lse).abs().max() <= 4 * ulp
     with ops.use_kernel("reference"):
         assert torch.equal(case.attend(mask=mask, causal=False).out, case.attend(starts=starts).out)

@@ -138,13 +138,17 @@ def _attend(
         out = _stream_attention(
             snapshot,
             query.detach() if query.requires_grad else query,
-            scale=scaling if scaling is not None else query.shape[3] ** -0.5,
-            causal=causal,
-            starts=starts,
-            mask=mask,
-            bias=bias,
-            softcap=softcap,
-            sinks=s_aux,
+            ops.AttentionCall(
+                kv_tokens=snapshot.num_tokens,
+                query_start=snapshot.num_tokens - query.shape[2],
+                scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+                causal=causal,
+                starts=starts,
+                mask=mask,
+                bias=bias,
+                softcap=softcap,
+                sinks=s_aux,
+            ),
         ).to(out_dtype)
     except BaseException as error:
         snapshot.owner.note_failure(error)
@@ -159,16 +163,7 @@ _attend_uncompiled = torch.compiler.disable(_attend)
 
 
 def _stream_attention(
-    snapshot: Snapshot,
-    query: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    starts: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    snapshot: Snapshot, query: torch.Tensor, call: ops.AttentionCall
 ) -> torch.Tensor:
     """Attend all blocks of a snapshot, in block order, as they become resident.
 
@@ -178,34 +173,23 @@ def _stream_attention(
     manager, layout = snapshot.manager, snapshot.layout
     batch, heads, num_queries, _ = query.shape
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
-    arguments: dict[str, Any] = {
-        "kv_tokens": snapshot.num_tokens,
-        "scale": scale,
-        "causal": causal,
-        "starts": starts,
-        "mask": mask,
-        "bias": bias,
-        "softcap": softcap,
-    }
     heads_first = out.transpose(1, 2)
     with manager.lock, span(ATTENTION, snapshot.table.layer):
         reader = manager.reader(snapshot.table)
         view = reader.resident_view(snapshot.table, snapshot.num_tokens)
         if view is not None:
-            ops.paged_attention(
-                query, view, sinks=sinks, out=heads_first, return_lse=False, **arguments
-            )
+            ops.paged_attention(query, view, call, out=heads_first, return_lse=False)
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
-        beside = reader.attend_beside(snapshot.table, query, arguments)
+        beside = reader.attend_beside(snapshot.table, query, call)
         for chunk in reader.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
             columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
             with span(ATTEND, snapshot.table.layer, columns):
-                ops.attend_blocks(state, query, reader.view(chunk), **arguments)
+                ops.attend_blocks(state, query, reader.view(chunk), call)
         with span(MERGE, snapshot.table.layer):
             if beside:
                 reader.join_beside(state)
-            ops.finish_attention(state, out=heads_first, sinks=sinks)
+            ops.finish_attention(state, out=heads_first, sinks=call.sinks)
     return out
 
 

@@ -116,8 +116,13 @@ def _attend(
         return dense(module, query, _dense(key), _dense(value), attention_mask, **kwargs)
     snapshot: Snapshot = key.snapshot  # type: ignore[attr-defined]
     out_dtype = _out_dtype(query)
-    query = query.to(key.dtype)
-    causal = query.shape[2] > 1
+    if query.dtype != key.dtype:
+        query = query.to(key.dtype)
+    batch, _, num_queries, head_dim = query.shape
+    kv_tokens = snapshot.num_tokens
+    query_start = kv_tokens - num_queries
+    scale = scaling if scaling is not None else head_dim**-0.5
+    causal = num_queries > 1
     starts = mask = None
     bias = position_bias
     if attention_mask is None:
@@ -126,30 +131,18 @@ def _attend(
     elif attention_mask.dim() == 2:
         starts, mask = _once(_padding, attention_mask)
     elif attention_mask.dtype == torch.bool:
-        batch, _, num_queries, _ = query.shape
-        kv_tokens = snapshot.num_tokens
-        facts = (batch, kv_tokens - num_queries, kv_tokens)
-        starts, mask = _once(_causal_mask, attention_mask, *facts)
+        starts, mask = _once(_causal_mask, attention_mask, batch, query_start, kv_tokens)
         causal = mask is None  # else the mask says it all
     else:
         bias = attention_mask if bias is None else bias + attention_mask
         causal = False
+    # By position: once per layer and token, and names would cost three times as much.
+    call = ops.AttentionCall(
+        kv_tokens, query_start, scale, causal, starts, mask, bias, softcap, s_aux
+    )
     try:
-        out = _stream_attention(
-            snapshot,
-            query.detach() if query.requires_grad else query,
-            ops.AttentionCall(
-                kv_tokens=snapshot.num_tokens,
-                query_start=snapshot.num_tokens - query.shape[2],
-                scale=scaling if scaling is not None else query.shape[3] ** -0.5,
-                causal=causal,
-                starts=starts,
-                mask=mask,
-                bias=bias,
-                softcap=softcap,
-                sinks=s_aux,
-            ),
-        ).to(out_dtype)
+        seen = query.detach() if query.requires_grad else query
+        out = _stream_attention(snapshot, seen, call).to(out_dtype)
     except BaseException as error:
         snapshot.owner.note_failure(error)
         raise

@@ -574,7 +574,7 @@ class Observed:
 
 def _reason(way: str, cause: str) -> str:
     if way == CHUNKS:
-        return BIASED if cause == "a bias" else cause
+        return BIASED if cause == "bias" else cause
     if cause.endswith("eager_attention_forward"):
         return LOADED_EAGER
     if cause.endswith(".expand_kv"):

@@ -7,7 +7,7 @@ nowhere passed over in silence.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +36,12 @@ class AttentionCall(NamedTuple):
 
     def beyond(self, known: frozenset[str]) -> list[str]:
         """Names of the facts given that are not among `known`."""
-        return [name for name in _others(self._fields, known) if getattr(self, name) is not None]
+        kind: Any = type(self)
+        found = []
+        for name in _others(kind, known):
+            if getattr(self, name) is not None:
+                found.append(name)
+        return found
 
     def check_known(self, known: frozenset[str], who: str) -> None:
         """Raise UnsupportedInputError if a fact is given that is not among `known`, those of the
@@ -49,5 +54,5 @@ class AttentionCall(NamedTuple):
 
 
 @cache
-def _others(names: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in known)
+def _others(kind: Any, known: frozenset[str]) -> tuple[str, ...]:
+    return tuple(name for name in kind._fields if name not in known)

@@ -64,7 +64,7 @@ def not_supported_reasons(query: Tensor, layout: BlockLayout, call: AttentionCal
 
     They depend on the call alone, not on the view, so every view of a table goes the same way.
     """
-    reasons = [f"a {name}" for name in call.beyond(KNOWN_FACTS)]
+    reasons = call.beyond(KNOWN_FACTS)
     if query.shape[2] < MIN_QUERIES:
         reasons.append(f"{query.shape[2]} queries, expected at least {MIN_QUERIES}")
     if query.dtype != layout.dtype:

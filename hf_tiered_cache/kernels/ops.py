@@ -180,7 +180,7 @@ def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionSta
 def not_supported_reasons(query: Tensor, layout: BlockLayout, call: AttentionCall) -> list[str]:
     """Why the compiled core of the query's device cannot attend this, all reasons; empty if it
     can."""
-    reasons = [f"a {name}" for name in call.beyond(KNOWN_FACTS)]
+    reasons = call.beyond(KNOWN_FACTS)
     if not query.is_cpu and (missing := missing_core(query.device)):
         reasons.append(f"query on device {query.device}: {missing}")
     if layout.dtype not in DTYPE_NUMBERS:

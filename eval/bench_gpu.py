@@ -431,10 +431,11 @@ def cpu_attention_rate(bench: Bench) -> float:
     view = ops.BlockView(blocks, torch.arange(num_blocks, dtype=torch.int32)[None], layout)
     query = torch.randn(1, config.num_attention_heads, 1, layout.key_dim, dtype=torch.bfloat16)
     scale, tokens = layout.key_dim**-0.5, num_blocks * layout.block_tokens
+    call = ops.AttentionCall(kv_tokens=tokens, query_start=tokens - 1, scale=scale)
 
     def once() -> float:
         start = perf_counter()
-        ops.paged_attention(query, view, kv_tokens=tokens, scale=scale)
+        ops.paged_attention(query, view, call)
         return perf_counter() - start
 
     return num_blocks * layout.data_bytes / benchmarking.paired(once, rounds=7)[0].median

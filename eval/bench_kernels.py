@@ -86,13 +86,16 @@ class Layer:
             self.blocks[slot] = source[slot % len(source)]
         self.table = torch.randperm(num_blocks).int()[None]
         self.view = ops.BlockView(self.blocks, self.table, self.layout)
+        self.call = ops.AttentionCall(
+            kv_tokens=tokens, query_start=tokens - queries, scale=self.scale
+        )
 
     @property
     def num_bytes(self) -> int:
         return self.table.numel() * self.layout.data_bytes
 
     def attend(self) -> ops.AttentionState:
-        return ops.paged_attention(self.query, self.view, kv_tokens=self.tokens, scale=self.scale)
+        return ops.paged_attention(self.query, self.view, self.call)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         ops.append_tokens(keys, values, self.view, self.tokens - 1)
@@ -108,13 +111,7 @@ class Layer:
             self.query.shape,
             self.query.stride(),
             self.view.core_arguments,
-            self.tokens,
-            self.tokens - 1,
-            True,
-            self.scale,
-            0.0,
-            0,
-            None,
+            *cores.call_arguments(self.call),
             None,
             None,
             torch.get_num_threads(),
@@ -298,7 +295,7 @@ def bench_calls(table: benchmarking.Table) -> None:
     one = torch.zeros(1, 1, 1, 16)
 
     def attend() -> None:
-        ops.paged_attention(one, view, kv_tokens=1, scale=1.0)
+        ops.paged_attention(one, view, ops.AttentionCall(kv_tokens=1, query_start=0, scale=1.0))
 
     def append() -> None:
         ops.append_tokens(one, one, view, 0)

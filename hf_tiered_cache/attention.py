@@ -116,8 +116,13 @@ def _attend(
         return dense(module, query, _dense(key), _dense(value), attention_mask, **kwargs)
     snapshot: Snapshot = key.snapshot  # type: ignore[attr-defined]
     out_dtype = _out_dtype(query)
-    query = query.to(key.dtype)
-    causal = query.shape[2] > 1
+    if query.dtype != key.dtype:
+        query = query.to(key.dtype)
+    batch, _, num_queries, head_dim = query.shape
+    kv_tokens = snapshot.num_tokens
+    query_start = kv_tokens - num_queries
+    scale = scaling if scaling is not None else head_dim**-0.5
+    causal = num_queries > 1
     starts = mask = None
     bias = position_bias
     if attention_mask is None:
@@ -126,26 +131,18 @@ def _attend(
     elif attention_mask.dim() == 2:
         starts, mask = _once(_padding, attention_mask)
     elif attention_mask.dtype == torch.bool:
-        batch, _, num_queries, _ = query.shape
-        kv_tokens = snapshot.num_tokens
-        facts = (batch, kv_tokens - num_queries, kv_tokens)
-        starts, mask = _once(_causal_mask, attention_mask, *facts)
+        starts, mask = _once(_causal_mask, attention_mask, batch, query_start, kv_tokens)
         causal = mask is None  # else the mask says it all
     else:
         bias = attention_mask if bias is None else bias + attention_mask
         causal = False
+    # By position: once per layer and token, and names would cost three times as much.
+    call = ops.AttentionCall(
+        kv_tokens, query_start, scale, causal, starts, mask, bias, softcap, s_aux
+    )
     try:
-        out = _stream_attention(
-            snapshot,
-            query.detach() if query.requires_grad else query,
-            scale=scaling if scaling is not None else query.shape[3] ** -0.5,
-            causal=causal,
-            starts=starts,
-            mask=mask,
-            bias=bias,
-            softcap=softcap,
-            sinks=s_aux,
-        ).to(out_dtype)
+        seen = query.detach() if query.requires_grad else query
+        out = _stream_attention(snapshot, seen, call).to(out_dtype)
     except BaseException as error:
         snapshot.owner.note_failure(error)
         raise
@@ -159,16 +156,7 @@ _attend_uncompiled = torch.compiler.disable(_attend)
 
 
 def _stream_attention(
-    snapshot: Snapshot,
-    query: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    starts: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    snapshot: Snapshot, query: torch.Tensor, call: ops.AttentionCall
 ) -> torch.Tensor:
     """Attend all blocks of a snapshot, in block order, as they become resident.
 
@@ -178,34 +166,23 @@ def _stream_attention(
     manager, layout = snapshot.manager, snapshot.layout
     batch, heads, num_queries, _ = query.shape
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
-    arguments: dict[str, Any] = {
-        "kv_tokens": snapshot.num_tokens,
-        "scale": scale,
-        "causal": causal,
-        "starts": starts,
-        "mask": mask,
-        "bias": bias,
-        "softcap": softcap,
-    }
     heads_first = out.transpose(1, 2)
     with manager.lock, span(ATTENTION, snapshot.table.layer):
         reader = manager.reader(snapshot.table)
         view = reader.resident_view(snapshot.table, snapshot.num_tokens)
         if view is not None:
-            ops.paged_attention(
-                query, view, sinks=sinks, out=heads_first, return_lse=False, **arguments
-            )
+            ops.paged_attention(query, view, call, out=heads_first, return_lse=False)
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
-        beside = reader.attend_beside(snapshot.table, query, arguments)
+        beside = reader.attend_beside(snapshot.table, query, call)
         for chunk in reader.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
             columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
             with span(ATTEND, snapshot.table.layer, columns):
-                ops.attend_blocks(state, query, reader.view(chunk), **arguments)
+                ops.attend_blocks(state, query, reader.view(chunk), call)
         with span(MERGE, snapshot.table.layer):
             if beside:
                 reader.join_beside(state)
-            ops.finish_attention(state, out=heads_first, sinks=sinks)
+            ops.finish_attention(state, out=heads_first, sinks=call.sinks)
     return out
 
 

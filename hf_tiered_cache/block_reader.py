@@ -8,7 +8,7 @@ attended in place: by the kernels themselves where the device is the CPU, else b
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -119,17 +119,14 @@ class BlockReader:
         return self._find_reading() is not None
 
     def attend_beside(
-        self, table: BlockTable, query: torch.Tensor, arguments: dict[str, Any]
+        self, table: BlockTable, query: torch.Tensor, call: ops.AttentionCall
     ) -> bool:
         """Let the CPU lane attend its part of the table's host blocks where they lie; whether there
-        is any. If so, `stream` the rest with `beside`, then `cpu_lane.join` the states.
-
-        `arguments` as `ops.attend_blocks` takes them.
-        """
+        is any. If so, `stream` the rest with `beside`, then `join_beside` the states."""
         lane = self._cpu_lane
-        if lane is None or not lane.can_attend(query, self._layout.kv_heads, arguments):
+        if lane is None or not lane.can_attend(query, self._layout.kv_heads, call):
             return False
-        num_blocks = min(table.num_blocks, self._layout.num_blocks(arguments["kv_tokens"]))
+        num_blocks = min(table.num_blocks, self._layout.num_blocks(call.kv_tokens))
         parts = [
             part
             for part in self._parts(table, num_blocks, beside=True)
@@ -141,7 +138,7 @@ class BlockReader:
         host = self._memory[HOST]
         assert isinstance(host, HostLaneTier)
         with self._blocks.changing:
-            attended = lane.begin(query, views, arguments)
+            attended = lane.begin(query, views, call)
             for part in parts:
                 self._counters.in_place_reads += part.slots.numel()
                 host.keep(part.slots.flatten().tolist(), attended)

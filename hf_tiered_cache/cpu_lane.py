@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.kernels.ops import BlockView, RunningState
-from hf_tiered_cache.kernels.worker import AttentionWorker, attention_rate
+from hf_tiered_cache.kernels.ops import AttentionCall, BlockView, RunningState
+from hf_tiered_cache.kernels.worker import KNOWN_FACTS, AttentionWorker, attention_rate
 from hf_tiered_cache.metrics import LaneCounters
 from hf_tiered_cache.tiers.base import Transfer, io_error
 
@@ -112,18 +112,14 @@ class CpuLane:
         self._counters = LaneCounters()
 
     @staticmethod
-    def can_attend(query: Tensor, kv_heads: int, arguments: dict[str, Any]) -> bool:
-        """Whether a call is for the CPU: few queries, and nothing masked but by position."""
+    def can_attend(query: Tensor, kv_heads: int, call: AttentionCall) -> bool:
+        """Whether a call is for the CPU: few queries, and nothing that its thread does not know."""
         rows = query.shape[2] * query.shape[1] // kv_heads
-        return rows <= MAX_ROWS and all(
-            arguments.get(name) is None for name in ("starts", "mask", "bias")
-        )
+        return rows <= MAX_ROWS and not call.beyond(KNOWN_FACTS)
 
-    def begin(
-        self, query: Tensor, views: Sequence[BlockView], arguments: dict[str, Any]
-    ) -> Transfer:
-        """Start on the views, in their order; `arguments` as `ops.attend_blocks` takes them. The
-        transfer ends when the blocks are no longer read."""
+    def begin(self, query: Tensor, views: Sequence[BlockView], call: AttentionCall) -> Transfer:
+        """Start on the views, in their order. The transfer ends when the blocks are no longer
+        read. Raises UnsupportedInputError for a call that the CPU's thread cannot do."""
         if self._posted is not None:  # a step that failed has not joined its state
             self._flags.raise_flag(self._addresses[0], self._number)  # it may not have come to it
             self._settle()
@@ -133,7 +129,7 @@ class CpuLane:
         state = self._new_state(query, layout.value_dim)
         number = (self._number + 1) % 2**32
         self._number, self._posted = number, state
-        job = self._worker.submit(posted, views, state, self._addresses, number, **arguments)
+        job = self._worker.submit(posted, views, state, self._addresses, number, call)
         self._flags.raise_flag(self._addresses[0], number)
         transfer = AttendedTransfer(self._worker, job, views, posted, state)
         self._under_way.append(transfer)

@@ -507,9 +507,8 @@ def watching() -> Iterator[set[Way]]:
     def by_kernel(*args: Any, **kwargs: Any) -> Way:
         return KERNEL, ""
 
-    def by_chunks(state, query, view, **kwargs: Any) -> Way:
-        reasons = ops.not_supported_reasons(query, view.layout, bias=kwargs.get("bias"))
-        return CHUNKS, ", ".join(reasons)
+    def by_chunks(state, query, view, call) -> Way:
+        return CHUNKS, ", ".join(ops.not_supported_reasons(query, view.layout, call))
 
     def made_dense(*args: Any) -> Way:
         return DENSE, asker(sys._getframe(2))
@@ -575,7 +574,7 @@ class Observed:
 
 def _reason(way: str, cause: str) -> str:
     if way == CHUNKS:
-        return BIASED if cause == "an additive bias" else cause
+        return BIASED if cause == "bias" else cause
     if cause.endswith("eager_attention_forward"):
         return LOADED_EAGER
     if cause.endswith(".expand_kv"):

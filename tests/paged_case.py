@@ -70,12 +70,16 @@ class PagedCase:
         return self.key_dim**-0.5
 
     def attend(self, **changes: object) -> ops.AttentionState:
-        """`paged_attention` over the whole table."""
-        arguments = {"kv_tokens": self.tokens, "scale": self.scale, **changes}
-        query = arguments.pop("query", self.query)
-        names = ("blocks", "table", "first_token")
-        view = self.view(**{name: arguments.pop(name) for name in names if name in arguments})
-        return ops.paged_attention(query, view, **arguments)
+        """`paged_attention` over the whole table; changes of the query, the view, the call."""
+        query = changes.pop("query", self.query)
+        of_view = _taken(changes, "blocks", "table", "first_token")
+        how = _taken(changes, "out", "return_lse")
+        return ops.paged_attention(query, self.view(**of_view), self.call(**changes), **how)
+
+    def call(self, **changes: object) -> ops.AttentionCall:
+        """A call whose queries are the last of the tokens."""
+        last = {"kv_tokens": self.tokens, "query_start": self.tokens - self.queries}
+        return ops.AttentionCall(**{**last, "scale": self.scale, **changes})
 
     def view(self, **changes: object) -> ops.BlockView:
         """The whole table."""
@@ -85,13 +89,13 @@ class PagedCase:
 
     def attend_in_pieces(self, sizes: list[int], **changes: object) -> ops.RunningState:
         """`attend_blocks` over consecutive pieces of the table, `sizes` blocks each."""
-        arguments = {"kv_tokens": self.tokens, "scale": self.scale, **changes}
+        call = self.call(**changes)
         state = ops.RunningState.begin(self.query, self.value_dim)
         column = 0
         for size in sizes:
             piece = self.table[:, column : column + size]
             view = self.view(table=piece, first_token=column * self.block_tokens)
-            ops.attend_blocks(state, self.query, view, **arguments)
+            ops.attend_blocks(state, self.query, view, call)
             column += size
         return state
 
@@ -151,3 +155,7 @@ class PagedCase:
             attn_mask=self.allowed(**restrictions),
             scale=self.scale,
         )
+
+
+def _taken(changes: dict[str, object], *names: str) -> dict[str, object]:
+    return {name: changes.pop(name) for name in names if name in changes}

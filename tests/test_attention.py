@@ -165,9 +165,9 @@ def test_a_dense_causal_mask_needs_no_reading_by_the_kernels(make_cache, monkeyp
     given = []
     attend = attention._stream_attention
 
-    def noted(snapshot, query, **arguments):
-        given.append((arguments["causal"], arguments["starts"], arguments["mask"]))
-        return attend(snapshot, query, **arguments)
+    def noted(snapshot, query, call):
+        given.append((call.causal, call.starts, call.mask))
+        return attend(snapshot, query, call)
 
     monkeypatch.setattr(attention, "_stream_attention", noted)
     case = Case(make_cache, "cold", 5)

@@ -17,7 +17,7 @@ from hf_tiered_cache.metrics import LaneCounters
 
 LAYOUT = BlockLayout(kv_heads=2, key_dim=64, value_dim=32, block_tokens=16, dtype=torch.float32)
 BLOCKS, TOKENS = 6, 90
-ARGUMENTS = {"kv_tokens": TOKENS, "scale": 0.1, "causal": True, "softcap": None}
+CALL = ops.AttentionCall(kv_tokens=TOKENS, query_start=TOKENS - 1, scale=0.1)
 
 
 class Flags:
@@ -94,7 +94,7 @@ def views(blocks: torch.Tensor, *borders: int) -> list[ops.BlockView]:
 def attended(one: torch.Tensor, parts: list[ops.BlockView]) -> ops.RunningState:
     state = ops.RunningState.begin(one, LAYOUT.value_dim)
     for part in parts:
-        ops.attend_blocks(state, one, part, **ARGUMENTS)
+        ops.attend_blocks(state, one, part, CALL)
     return state
 
 
@@ -107,7 +107,7 @@ def test_the_state_is_that_of_the_kernel_and_joins_the_devices(lane, blocks):
     parts = views(blocks, 2, 4)
     for seed in range(5):
         one = query(queries=2, seed=seed)
-        lane.begin(one, parts[:2], ARGUMENTS)
+        lane.begin(one, parts[:2], CALL)
         state = attended(one, parts[2:])
         lane.join(state)
         expected = attended(one, parts[2:])
@@ -119,7 +119,7 @@ def test_the_state_is_that_of_the_kernel_and_joins_the_devices(lane, blocks):
 
 def test_nothing_is_attended_before_the_query_is_there(lane, flags, blocks):
     flags.held = []
-    transfer = lane.begin(query(), views(blocks), ARGUMENTS)
+    transfer = lane.begin(query(), views(blocks), CALL)
     time.sleep(0.02)
     assert not transfer.is_ready()
     flags.release()
@@ -130,7 +130,7 @@ def test_nothing_is_attended_before_the_query_is_there(lane, flags, blocks):
 def test_batches_of_other_sizes_get_another_mailbox(lane, blocks):
     for rows, queries in ((1, 1), (4, 3), (2, 1), (4, 4)):
         one = query(rows, queries)
-        lane.begin(one, views(blocks, 3), ARGUMENTS)
+        lane.begin(one, views(blocks, 3), CALL)
         state = ops.RunningState.begin(one, LAYOUT.value_dim)
         lane.join(state)
         expected = ops.RunningState.begin(one, LAYOUT.value_dim)
@@ -139,9 +139,9 @@ def test_batches_of_other_sizes_get_another_mailbox(lane, blocks):
 
 
 def test_a_step_that_failed_before_it_joined_leaves_the_lane_usable(lane, blocks):
-    lane.begin(query(seed=1), views(blocks), ARGUMENTS)
+    lane.begin(query(seed=1), views(blocks), CALL)
     one = query(seed=2)
-    lane.begin(one, views(blocks), ARGUMENTS)
+    lane.begin(one, views(blocks), CALL)
     state = ops.RunningState.begin(one, LAYOUT.value_dim)
     lane.join(state)
     torch.testing.assert_close(
@@ -153,15 +153,39 @@ def test_a_slot_outside_the_slab_is_refused_before_anything_is_begun(lane, block
     table = torch.tensor([[0, 99]], dtype=torch.int32)
     view = ops.BlockView(blocks, table, LAYOUT)
     with pytest.raises(UnsupportedInputError, match="99"):
-        lane.begin(query(), [view], ARGUMENTS)
+        lane.begin(query(), [view], CALL)
     one = query()
-    lane.begin(one, views(blocks), ARGUMENTS)
+    lane.begin(one, views(blocks), CALL)
     lane.join(ops.RunningState.begin(one, LAYOUT.value_dim))
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("starts", torch.zeros(1, dtype=torch.int32)),
+        ("mask", torch.zeros(1, 1, 1, TOKENS, dtype=torch.bool)),
+        ("bias", torch.zeros(1, 1, 1, TOKENS)),
+    ],
+)
+def test_a_fact_that_its_thread_does_not_know_is_refused_before_anything_is_begun(
+    lane, flags, blocks, name, fact
+):
+    call = CALL._replace(**{name: fact})
+    with pytest.raises(UnsupportedInputError, match=f"CPU's thread: got {name}, expected"):
+        lane.begin(query(), views(blocks), call)
+    assert not any(int(word) for word in flags.words.values())
+    one = query()
+    lane.begin(one, views(blocks), CALL)
+    state = ops.RunningState.begin(one, LAYOUT.value_dim)
+    lane.join(state)
+    torch.testing.assert_close(
+        ops.finish_attention(state).out, ops.finish_attention(attended(one, views(blocks))).out
+    )
 
 
 def test_what_it_did_is_counted(lane, blocks):
     assert lane.measure() == LaneCounters(wait_seconds=0.5)
-    lane.begin(query(), views(blocks), ARGUMENTS).wait()
+    lane.begin(query(), views(blocks), CALL).wait()
     counted = lane.measure()
     assert counted.moved_bytes == BLOCKS * LAYOUT.data_bytes
     assert 0 < counted.busy_seconds < 1
@@ -187,14 +211,13 @@ def test_the_probe_works_on_blocks_of_any_size():
 )
 def test_only_few_queries_without_masks_are_for_the_cpu(rows, queries, changes, can):
     one = query(rows, queries)
-    arguments = {**ARGUMENTS, "mask": None, "bias": None, "starts": None, **changes}
-    assert CpuLane.can_attend(one, LAYOUT.kv_heads, arguments) is can
+    assert CpuLane.can_attend(one, LAYOUT.kv_heads, CALL._replace(**changes)) is can
 
 
 def test_close_lets_what_the_device_waits_for_end(flags, blocks):
     lane = CpuLane(flags)
     flags.held = []
-    transfer = lane.begin(query(), views(blocks), ARGUMENTS)
+    transfer = lane.begin(query(), views(blocks), CALL)
     threading.Timer(0.05, flags.release).start()
     lane.close()
     transfer.wait()
@@ -205,20 +228,20 @@ def test_close_does_not_wait_for_ever_and_raises_every_flag(flags, blocks, monke
     monkeypatch.setattr("hf_tiered_cache.cpu_lane.CLOSE_SECONDS", 0.05)
     lane = CpuLane(flags)
     flags.held = []
-    transfer = lane.begin(query(), views(blocks), ARGUMENTS)
+    transfer = lane.begin(query(), views(blocks), CALL)
     lane.close()
     with pytest.raises(TierIOError, match="closed before the CPU attended"):
         transfer.wait()
     (_, number), done = flags.held[0], list(flags.words.values())[1]
     assert int(done) == number
     with pytest.raises(ClosedCacheError):
-        lane.begin(query(), views(blocks), ARGUMENTS)
+        lane.begin(query(), views(blocks), CALL)
 
 
 def test_a_lane_that_is_dropped_leaves_no_thread(flags, blocks):
     before = count_threads()
     lane = CpuLane(flags)
-    lane.begin(query(), views(blocks), ARGUMENTS).wait()
+    lane.begin(query(), views(blocks), CALL).wait()
     assert count_threads() == before + 1
     del lane
     gc.collect()

@@ -78,18 +78,16 @@ def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch):
     calls = []
     whole = flash.attend_blocks
 
-    def noted(state, query, view, **arguments):
+    def noted(state, query, view, call):
         calls.append((view.first_token, view.table.shape[1]))
-        whole(state, query, view, **arguments)
+        whole(state, query, view, call)
 
     monkeypatch.setattr(devices, "group_columns", lambda layout, _: flash.group_columns(layout))
     monkeypatch.setattr(flash, "attend_blocks", noted)
     monkeypatch.setattr(
         ops,
         "_is_for_flash",
-        lambda query, layout, mask, bias, softcap: (
-            not flash.not_supported_reasons(query, layout, mask=mask, bias=bias, softcap=softcap)
-        ),
+        lambda query, layout, call: not flash.not_supported_reasons(query, layout, call),
     )
     bits = None
     with fake_gpu():

@@ -16,16 +16,12 @@ def prefills(monkeypatch):
     seen: list[int] = []
     whole = reference.attend_blocks
 
-    def attend_blocks(state, query, view, **arguments):
-        names = ("mask", "bias", "softcap")
-        why_not = flash.not_supported_reasons(
-            query, view.layout, **{name: arguments[name] for name in names}
-        )
-        if why_not:
-            whole(state, query, view, **arguments)
+    def attend_blocks(state, query, view, call):
+        if flash.not_supported_reasons(query, view.layout, call):
+            whole(state, query, view, call)
         else:
             seen.append(query.shape[2])
-            flash.attend_blocks(state, query, view, **arguments)
+            flash.attend_blocks(state, query, view, call)
 
     monkeypatch.setattr(reference, "attend_blocks", attend_blocks)
     with ops.use_kernel("reference"):

@@ -8,19 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.state import RunningState
 from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
 
-def check_attention(
-    query: Tensor,
-    view: BlockView,
-    kv_tokens: int,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+def check_attention(query: Tensor, view: BlockView, call: AttentionCall) -> None:
     """Refuse what `paged_attention` and `attend_blocks` cannot mean."""
     layout, shape = view.layout, query.shape
     if len(shape) != 4 or shape[3] != layout.key_dim or shape[0] != view.batch:
@@ -34,8 +28,9 @@ def check_attention(
     blocks = view.blocks
     if not (query.is_cpu and blocks.is_cpu) and query.device != blocks.device:
         _refuse("query device", query.device, f"that of the blocks, {blocks.device}")
-    if kv_tokens < 0:
-        _refuse("kv_tokens", kv_tokens, "0 or more")
+    if call.kv_tokens < 0:
+        _refuse("kv_tokens", call.kv_tokens, "0 or more")
+    starts, mask, bias = call.starts, call.mask, call.bias
     if starts is not None and (
         starts.dtype != torch.int32 or starts.shape != (batch,) or not starts.is_contiguous()
     ):
@@ -43,11 +38,13 @@ def check_attention(
     if mask is not None:
         if mask.dtype != torch.bool:
             _refuse("mask dtype", mask.dtype, "bool, True = attend (additive masks go in bias)")
-        _check_broadcast("mask", mask, batch, heads, queries, kv_tokens)
+        _check_broadcast("mask", mask, batch, heads, queries, call.kv_tokens)
     if bias is not None:
         if not bias.is_floating_point():
             _refuse("bias dtype", bias.dtype, "a floating-point type")
-        _check_broadcast("bias", bias, batch, heads, queries, kv_tokens)
+        _check_broadcast("bias", bias, batch, heads, queries, call.kv_tokens)
+    if call.sinks is not None:
+        check_sinks(call.sinks, query)
 
 
 def check_append(keys: Tensor, values: Tensor, view: BlockView, start_token: int) -> None:

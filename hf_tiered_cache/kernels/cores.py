@@ -13,11 +13,18 @@ from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels import reference
+from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.state import RunningState
 from hf_tiered_cache.kernels.view import BlockView
 
 MAX_HEAD_DIM = 256
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc: enum class DType
+
+
+# What `Core.attend` knows of a call; `ops` gives it no other.
+KNOWN_FACTS = frozenset(
+    ("kv_tokens", "query_start", "scale", "causal", "starts", "mask", "softcap", "sinks")
+)
 
 
 class Core(ABC):
@@ -34,13 +41,7 @@ class Core(ABC):
         self,
         query: Tensor,
         view: BlockView,
-        kv_tokens: int,
-        scale: float,
-        query_start: int,
-        causal: bool,
-        starts: Tensor | None,
-        mask: Tensor | None,
-        softcap: float | None,
+        call: AttentionCall,
         state: tuple[int, ...] | None,
         out: tuple[int, ...] | None,
     ) -> None:
@@ -72,13 +73,7 @@ class CpuCore(Core):
         self,
         query: Tensor,
         view: BlockView,
-        kv_tokens: int,
-        scale: float,
-        query_start: int,
-        causal: bool,
-        starts: Tensor | None,
-        mask: Tensor | None,
-        softcap: float | None,
+        call: AttentionCall,
         state: tuple[int, ...] | None,
         out: tuple[int, ...] | None,
     ) -> None:
@@ -91,13 +86,7 @@ class CpuCore(Core):
                 query.shape,
                 query.stride(),
                 view.core_arguments,
-                kv_tokens,
-                query_start,
-                causal,
-                scale,
-                softcap or 0.0,
-                0 if starts is None else starts.data_ptr(),
-                None if mask is None else mask_pointer(mask),
+                *call_arguments(call),
                 state,
                 out,
                 torch.get_num_threads(),
@@ -164,19 +153,18 @@ class CudaCore(Core):
         self,
         query: Tensor,
         view: BlockView,
-        kv_tokens: int,
-        scale: float,
-        query_start: int,
-        causal: bool,
-        starts: Tensor | None,
-        mask: Tensor | None,
-        softcap: float | None,
+        call: AttentionCall,
         state: tuple[int, ...] | None,
         out: tuple[int, ...] | None,
     ) -> None:
         """See `Core`."""
         scratch_bytes = self.module.scratch_bytes(
-            query.shape, view.core_arguments, kv_tokens, query_start, causal, state is not None
+            query.shape,
+            view.core_arguments,
+            call.kv_tokens,
+            call.query_start,
+            call.causal,
+            state is not None,
         )
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=query.device)
         self.module.attend(
@@ -186,13 +174,7 @@ class CudaCore(Core):
             query.shape,
             query.stride(),
             view.core_arguments,
-            kv_tokens,
-            query_start,
-            causal,
-            scale,
-            softcap or 0.0,
-            0 if starts is None else starts.data_ptr(),
-            None if mask is None else mask_pointer(mask),
+            *call_arguments(call),
             state,
             out,
             scratch.data_ptr(),
@@ -231,6 +213,20 @@ class CudaCore(Core):
             view.core_arguments,
             start_token,
         )
+
+
+def call_arguments(call: AttentionCall) -> tuple[object, ...]:
+    """A call as `attention_params` in csrc/python_arguments.h takes it; its sinks go with `out`."""
+    starts, mask = call.starts, call.mask
+    return (
+        call.kv_tokens,
+        call.query_start,
+        call.causal,
+        call.scale,
+        call.softcap or 0.0,
+        0 if starts is None else starts.data_ptr(),
+        None if mask is None else mask_pointer(mask),
+    )
 
 
 def state_pointers(state: RunningState) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.state import RunningState, weight
 from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
@@ -35,6 +36,7 @@ GROUP_TOKENS = 2048
 # where memory is tight (and by tests), so their groups are smaller too.
 MAX_GROUP_COLUMNS = 16
 
+KNOWN_FACTS = frozenset(("kv_tokens", "query_start", "scale", "causal", "starts", "sinks"))
 MIN_QUERIES = 16  # below, reading the blocks once in place is cheaper than gathering them
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8  # on CUDA: rows are read 16 bytes at a time
@@ -57,23 +59,12 @@ def group_columns(layout: BlockLayout) -> int:
     return min(max(1, GROUP_TOKENS // layout.block_tokens), MAX_GROUP_COLUMNS)
 
 
-def not_supported_reasons(
-    query: Tensor,
-    layout: BlockLayout,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> list[str]:
+def not_supported_reasons(query: Tensor, layout: BlockLayout, call: AttentionCall) -> list[str]:
     """Why flash attention cannot, or should not, do this call, all reasons; empty if it can.
 
     They depend on the call alone, not on the view, so every view of a table goes the same way.
     """
-    reasons = [
-        f"a {name}"
-        for name, given in (("mask", mask), ("bias", bias), ("softcap", softcap))
-        if given is not None
-    ]
+    reasons = call.beyond(KNOWN_FACTS)
     if query.shape[2] < MIN_QUERIES:
         reasons.append(f"{query.shape[2]} queries, expected at least {MIN_QUERIES}")
     if query.dtype != layout.dtype:
@@ -109,43 +100,27 @@ def _device_reasons(device: torch.device, layout: BlockLayout) -> list[str]:
 
 
 @torch.no_grad()
-def attend_blocks(
-    state: RunningState,
-    query: Tensor,
-    view: BlockView,
-    *,
-    kv_tokens: int,
-    scale: float,
-    query_start: int,
-    causal: bool,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> None:
+def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: AttentionCall) -> None:
     """Fold the view's blocks into `state`, in block order; see `ops.attend_blocks`.
 
     The view begins at a multiple of `group_columns` blocks and ends at one, or at kv_tokens.
     Raises UnsupportedInputError otherwise, and for what `not_supported_reasons` names, before
     anything is written. `starts` are brought to the host: one synchronisation.
     """
-    reasons = not_supported_reasons(query, view.layout, mask=mask, bias=bias, softcap=softcap)
+    reasons = not_supported_reasons(query, view.layout, call)
     if reasons:
         raise UnsupportedInputError(f"flash attention cannot do this: {'; '.join(reasons)}")
-    _check_borders(view, kv_tokens)
-    if starts is None:
-        _attend_rows(state, query, view, kv_tokens, scale, query_start, causal, start=0)
+    _check_borders(view, call.kv_tokens)
+    if call.starts is None:
+        _attend_rows(state, query, view, call, start=0)
         return
-    for row, start in enumerate(starts.tolist()):
+    for row, start in enumerate(call.starts.tolist()):
         one = slice(row, row + 1)
         _attend_rows(
             RunningState(state.acc[one], state.max[one], state.sum[one]),
             query[one],
             BlockView(view.blocks, view.device_table[one], view.layout, view.first_token),
-            kv_tokens,
-            scale,
-            query_start,
-            causal,
+            call,
             start,
         )
 
@@ -166,17 +141,17 @@ def _attend_rows(
     state: RunningState,
     query: Tensor,
     view: BlockView,
-    kv_tokens: int,
-    scale: float,
-    query_start: int,
-    causal: bool,
+    call: AttentionCall,
     start: int,
 ) -> None:
     """Sequences that all attend from position `start`: group after group of their blocks."""
     layout = view.layout
     num_queries = query.shape[2]
     columns = group_columns(layout)
-    end = min(kv_tokens, query_start + num_queries) if causal else kv_tokens
+    query_start = call.query_start if call.causal else None
+    end = call.kv_tokens
+    if query_start is not None:
+        end = min(end, query_start + num_queries)
     for column in range(0, view.table.size(1), columns):
         origin = view.first_token + column * layout.block_tokens
         first, last = max(origin, start), min(origin + columns * layout.block_tokens, end)
@@ -185,14 +160,14 @@ def _attend_rows(
         slots = view.device_table[:, column : column + layout.num_blocks(last - origin)]
         keys = _gather(layout.keys(view.blocks), slots)
         values = _gather(layout.values(view.blocks), slots)
-        for piece in _pieces(first, last, query_start if causal else None, num_queries):
+        for piece in _pieces(first, last, query_start, num_queries):
             tokens = slice(piece.tokens.start - origin, piece.tokens.stop - origin)
             for part in _slices(piece, query):
                 out, lse = _flash_attention(
                     query[:, :, part],
                     keys[:, :, tokens],
                     values[:, :, tokens],
-                    scale,
+                    call.scale,
                     piece.is_causal,
                 )
                 _fold(state, part, out, lse)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels import checks, flash, reference
+from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.cores import (
     DTYPE_NUMBERS,
+    KNOWN_FACTS,
     MAX_HEAD_DIM,
     Core,
     out_pointers,
@@ -39,6 +41,7 @@ from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
 __all__ = [
+    "AttentionCall",
     "AttentionState",
     "BlockView",
     "RunningState",
@@ -74,36 +77,21 @@ def append_tokens(keys: Tensor, values: Tensor, view: BlockView, start_token: in
 def paged_attention(
     query: Tensor,
     view: BlockView,
+    call: AttentionCall,
     *,
-    kv_tokens: int,
-    scale: float,
-    query_start: int | None = None,
-    causal: bool = True,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = True,
 ) -> AttentionState:
     """Attend the blocks of a view in one shot.
 
     query [batch, heads, queries, key_dim]: any strides, contiguous last dimension. The view's
-    tokens end at kv_tokens, or with its last column.
-
-    Query i stands at position query_start + i (default: the last ones before kv_tokens) and, if
-    `causal`, attends positions up to its own. starts int32 [batch]: first attended position of
-    each sequence (left padding). mask: bool [batch|1, heads|1, queries|1, >= kv_tokens], indexed
-    by absolute position, True = attend; all three restrict together. bias: float, added to the
-    scores, indexed as the mask. softcap: scores become softcap * tanh(score / softcap). sinks
-    [heads]: one more score per head that has no value; the log-sum-exp counts it.
+    tokens end at the call's kv_tokens, or with its last column.
 
     out [batch, heads, queries, value_dim]: written if given (any strides, the query's dtype),
     else new in the query's dtype. The state's lse is empty unless `return_lse`. Raises
     UnsupportedInputError before anything is written.
     """
-    checks.check_attention(query, view, kv_tokens, starts, mask, bias)
+    checks.check_attention(query, view, call)
     layout = view.layout
     batch, heads, queries, _ = query.shape
     shape = (batch, heads, queries, layout.value_dim)
@@ -111,99 +99,32 @@ def paged_attention(
         out = query.new_empty(shape)
     else:
         checks.check_out(out, shape, query.dtype, query)
-    if sinks is not None:
-        checks.check_sinks(sinks, query)
-    if query_start is None:
-        query_start = kv_tokens - queries
-    core = _core_for(query, layout, bias)
-    if core is None or _is_for_flash(query, layout, mask, bias, softcap):
+    core = _core_for(query, layout, call)
+    if core is None or _is_for_flash(query, layout, call):
         state = RunningState.begin(query, layout.value_dim)
-        attend_blocks(
-            state,
-            query,
-            view,
-            kv_tokens=kv_tokens,
-            scale=scale,
-            query_start=query_start,
-            causal=causal,
-            starts=starts,
-            mask=mask,
-            bias=bias,
-            softcap=softcap,
-        )
-        return finish_attention(state, out, sinks=sinks)
+        attend_blocks(state, query, view, call)
+        return finish_attention(state, out, sinks=call.sinks)
     lse = query.new_empty(shape[:3], dtype=torch.float32) if return_lse else _NO_LSE
-    core.attend(
-        query,
-        view,
-        kv_tokens,
-        scale,
-        query_start,
-        causal,
-        starts,
-        mask,
-        softcap,
-        None,
-        out_pointers(out, lse, _as_float32(sinks)),
-    )
+    core.attend(query, view, call, None, out_pointers(out, lse, _as_float32(call.sinks)))
     return AttentionState(out, lse)
 
 
-def attend_blocks(
-    state: RunningState,
-    query: Tensor,
-    view: BlockView,
-    *,
-    kv_tokens: int,
-    scale: float,
-    query_start: int | None = None,
-    causal: bool = True,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> None:
+def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: AttentionCall) -> None:
     """Fold the blocks of a view into `state`; arguments as in `paged_attention`.
 
     Calls over consecutive views of a table, in block order, followed by `finish_attention`, give
     the bits of one `paged_attention` over the whole table.
     """
-    checks.check_attention(query, view, kv_tokens, starts, mask, bias)
+    checks.check_attention(query, view, call)
     layout = view.layout
     checks.check_state(state, query, layout)
-    if query_start is None:
-        query_start = kv_tokens - query.shape[2]
-    core = _core_for(query, layout, bias)
-    is_for_flash = _is_for_flash(query, layout, mask, bias, softcap)
-    if core is None or is_for_flash:
-        attend = flash.attend_blocks if is_for_flash else reference.attend_blocks
-        attend(
-            state,
-            query,
-            view,
-            kv_tokens=kv_tokens,
-            scale=scale,
-            query_start=query_start,
-            causal=causal,
-            starts=starts,
-            mask=mask,
-            bias=bias,
-            softcap=softcap,
-        )
-        return
-    core.attend(
-        query,
-        view,
-        kv_tokens,
-        scale,
-        query_start,
-        causal,
-        starts,
-        mask,
-        softcap,
-        state_pointers(state),
-        None,
-    )
+    core = _core_for(query, layout, call)
+    if _is_for_flash(query, layout, call):
+        flash.attend_blocks(state, query, view, call)
+    elif core is None:
+        reference.attend_blocks(state, query, view, call)
+    else:
+        core.attend(query, view, call, state_pointers(state), None)
 
 
 def join_states(state: RunningState, other: RunningState) -> None:
@@ -229,7 +150,7 @@ def finish_attention(
     """Divide by the sum: the attention state of everything folded so far. `state` stays as it is.
 
     out [batch, heads, queries, value_dim]: written if given (any strides), else new, of `dtype`
-    (default: the state's). sinks [heads]: see `paged_attention`.
+    (default: the state's). sinks [heads]: those of the call that was folded.
     """
     shape = tuple(state.acc.shape)
     if out is None:
@@ -256,17 +177,10 @@ def merge_attention_states(a: AttentionState, b: AttentionState) -> AttentionSta
     return reference.merge_attention_states(a, b)
 
 
-def not_supported_reasons(
-    query: Tensor,
-    layout: BlockLayout,
-    *,
-    bias: Tensor | None = None,
-) -> list[str]:
+def not_supported_reasons(query: Tensor, layout: BlockLayout, call: AttentionCall) -> list[str]:
     """Why the compiled core of the query's device cannot attend this, all reasons; empty if it
     can."""
-    reasons = []
-    if bias is not None:
-        reasons.append("an additive bias")
+    reasons = call.beyond(KNOWN_FACTS)
     if not query.is_cpu and (missing := missing_core(query.device)):
         reasons.append(f"query on device {query.device}: {missing}")
     if layout.dtype not in DTYPE_NUMBERS:
@@ -282,23 +196,15 @@ def not_supported_reasons(
     return reasons
 
 
-def _is_for_flash(
-    query: Tensor,
-    layout: BlockLayout,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> bool:
+def _is_for_flash(query: Tensor, layout: BlockLayout, call: AttentionCall) -> bool:
     """Whether torch's flash attention does this best: prefill on a CUDA device."""
-    return query.is_cuda and not flash.not_supported_reasons(
-        query, layout, mask=mask, bias=bias, softcap=softcap
-    )
+    return query.is_cuda and not flash.not_supported_reasons(query, layout, call)
 
 
-def _core_for(query: Tensor, layout: BlockLayout, bias: Tensor | None) -> Core | None:
+def _core_for(query: Tensor, layout: BlockLayout, call: AttentionCall) -> Core | None:
     """The core that attends this; None: the reference does."""
     core = kernel_for(query).core
-    return None if core is None or not_supported_reasons(query, layout, bias=bias) else core
+    return None if core is None or not_supported_reasons(query, layout, call) else core
 
 
 def _is_compiled_state(state: RunningState) -> bool:

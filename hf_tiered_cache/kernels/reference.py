@@ -14,9 +14,13 @@ is computed in float64, everything else in float32. Arguments are checked in `op
 import torch
 from torch import Tensor
 
+from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.state import AttentionState, RunningState, weight
 from hf_tiered_cache.kernels.view import BlockView
 
+KNOWN_FACTS = frozenset(
+    ("kv_tokens", "query_start", "scale", "causal", "starts", "mask", "bias", "softcap", "sinks")
+)
 SCORES_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time; queries are sliced to keep to it
 
 
@@ -44,27 +48,16 @@ def append_tokens(
 
 
 @torch.no_grad()
-def attend_blocks(
-    state: RunningState,
-    query: Tensor,
-    view: BlockView,
-    *,
-    kv_tokens: int,
-    scale: float,
-    query_start: int,
-    causal: bool,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> None:
-    """Fold the view's blocks into `state`, in block order; see `ops.attend_blocks`."""
+def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: AttentionCall) -> None:
+    """Fold the view's blocks into `state`, in block order; see `ops.attend_blocks`. Raises
+    UnsupportedInputError for a fact that it does not know, before anything is written."""
+    call.check_known(KNOWN_FACTS, "the reference kernel")
     layout = view.layout
     heads, num_queries = query.shape[1], query.shape[2]
     step = max(1, SCORES_ELEMENTS // (query.shape[0] * heads * layout.block_tokens))
     for column, slots in enumerate(view.device_table.long().unbind(1)):
         first = view.first_token + column * layout.block_tokens
-        count = min(layout.block_tokens, kv_tokens - first)
+        count = min(layout.block_tokens, call.kv_tokens - first)
         if count <= 0:
             break
         keys = layout.keys(view.blocks)[slots, :, :count].to(state.acc.dtype)
@@ -72,13 +65,14 @@ def attend_blocks(
         positions = torch.arange(first, first + count, device=query.device)
         for begin in range(0, num_queries, step):
             part = slice(begin, min(begin + step, num_queries))
-            stands_at = torch.arange(part.start, part.stop, device=query.device) + query_start
-            attended = _attended(positions, stands_at if causal else None, starts)
+            stands_at = torch.arange(part.start, part.stop, device=query.device)
+            stands_at = stands_at + call.query_start
+            attended = _attended(positions, stands_at if call.causal else None, call.starts)
             tokens = slice(first, first + count)
-            if mask is not None:
-                attended = attended & _slice(mask, part, tokens)
-            if bias is not None:
-                bias_part = _slice(bias, part, tokens).to(state.acc.dtype)
+            if call.mask is not None:
+                attended = attended & _slice(call.mask, part, tokens)
+            if call.bias is not None:
+                bias_part = _slice(call.bias, part, tokens).to(state.acc.dtype)
                 attended = attended & (bias_part > -torch.inf)
             else:
                 bias_part = None
@@ -87,8 +81,8 @@ def attend_blocks(
                 keys,
                 values,
                 attended.expand(query.shape[0], heads, part.stop - part.start, count),
-                scale,
-                softcap,
+                call.scale,
+                call.softcap,
                 bias_part,
             )
             _fold(state, part, *partial)

@@ -17,12 +17,15 @@ from hf_tiered_cache.errors import (
     UnsupportedInputError,
 )
 from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.cores import DTYPE_NUMBERS, CpuCore, state_pointers
 from hf_tiered_cache.kernels.loader import chosen_kernel
 from hf_tiered_cache.kernels.state import RunningState
 from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
+# What a job knows of a call: nothing that masks but by position.
+KNOWN_FACTS = frozenset(("kv_tokens", "query_start", "scale", "causal", "softcap", "sinks"))
 PROBE_ROUNDS = 3
 PROBE_GROUP = 4  # query heads for each key-value head, as most models have them
 PROBE_HEAD_DIM, PROBE_TOKENS = 64, 16  # planes of 2 KiB in 16 bits: they fill any block
@@ -50,21 +53,17 @@ class AttentionWorker:
         state: RunningState,
         flags: tuple[int, int],
         value: int,
-        *,
-        kv_tokens: int,
-        scale: float,
-        causal: bool,
-        softcap: float | None,
-        query_start: int | None = None,
-        **unused: Any,
+        call: AttentionCall,
     ) -> Any:
         """Queue one job: wait until the first flag (their addresses) is raised to `value`, begin
         `state` anew, fold the views into it, raise the second.
 
-        Arguments as `ops.attend_blocks` takes them, without anything that masks. All memory must
-        stay as long as the job's `is_done` is False. Raises UnsupportedInputError for a slot
-        outside its slab, ClosedCacheError after close, both before anything is written.
+        Query, views and call as `ops.attend_blocks` takes them. All memory must stay as long as
+        the job's `is_done` is False. Raises UnsupportedInputError for a fact of the call that is
+        not among KNOWN_FACTS and for a slot outside its slab, ClosedCacheError after close, all
+        before anything is written.
         """
+        call.check_known(KNOWN_FACTS, "the CPU's thread")
         try:
             job = self._core.module.AttentionJob(
                 kernel=self._core.number,
@@ -73,11 +72,11 @@ class AttentionWorker:
                 query_shape=query.shape,
                 query_stride=query.stride(),
                 views=[view.core_arguments for view in views],
-                kv_tokens=kv_tokens,
-                query_start=kv_tokens - query.shape[2] if query_start is None else query_start,
-                causal=causal,
-                scale=scale,
-                softcap=softcap or 0.0,
+                kv_tokens=call.kv_tokens,
+                query_start=call.query_start,
+                causal=call.causal,
+                scale=call.scale,
+                softcap=call.softcap or 0.0,
                 state=state_pointers(state),
                 num_threads=torch.get_num_threads(),
                 ready=flags[0],
@@ -111,10 +110,12 @@ def attention_rate(blocks: Tensor) -> float:
     layout = BlockLayout(heads, PROBE_HEAD_DIM, PROBE_HEAD_DIM, PROBE_TOKENS, torch.bfloat16)
     view = BlockView(blocks, torch.arange(slots, dtype=torch.int32).view(1, -1), layout)
     query = torch.zeros(1, PROBE_GROUP * heads, 1, PROBE_HEAD_DIM, dtype=torch.bfloat16)
+    tokens = slots * PROBE_TOKENS
+    call = AttentionCall(kv_tokens=tokens, query_start=tokens - 1, scale=1.0)
     seconds = []
     for _ in range(PROBE_ROUNDS):
         state = RunningState.begin(query, PROBE_HEAD_DIM)
         start = perf_counter()
-        ops.attend_blocks(state, query, view, kv_tokens=slots * PROBE_TOKENS, scale=1.0)
+        ops.attend_blocks(state, query, view, call)
         seconds.append(perf_counter() - start)
     return slots * layout.data_bytes / min(seconds)

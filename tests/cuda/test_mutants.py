@@ -142,7 +142,7 @@ def battery(core: emulated.EmulatedCore) -> None:
     state = ops.RunningState.begin(case.query, 64)
     pointers = (state.acc.data_ptr(), state.max.data_ptr(), state.sum.data_ptr())
     super(emulated.EmulatedCore, core).attend(
-        *(case.query, case.view(table=table), 90, 1.0, 89, True, None, None, None, pointers, None)
+        *(case.query, case.view(table=table), case.call(), pointers, None)
     )
     assert state.sum[0].isnan().all()
 

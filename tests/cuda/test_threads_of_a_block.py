@@ -59,7 +59,7 @@ def test_a_slot_outside_the_slab_is_nan_and_no_other_row_is(core, slot, dims):
     out = torch.empty_like(expected.out)
     CudaCore.attend(  # past the check of the CPU's table
         core,
-        *(case.query, case.view(table=table), 40, case.scale, 39, True, None, None, None, None),
+        *(case.query, case.view(table=table), case.call(), None),
         out_pointers(out, torch.empty(0), None),
     )
     assert torch.equal(out[0], expected.out[0])

@@ -16,19 +16,9 @@ def attend(
     """The finished state, on the CPU, after views of `sizes` groups each; None: the whole table."""
     query, blocks, table = (one.to(device) for one in (case.query, case.blocks, case.table))
     columns = flash.group_columns(case.layout)
-    arguments = {
-        "kv_tokens": case.tokens,
-        "scale": case.scale,
-        "query_start": case.tokens - case.queries,
-        "causal": True,
-        "starts": None,
-        "mask": None,
-        "bias": None,
-        "softcap": None,
-        **changes,
-    }
-    if arguments["starts"] is not None:
-        arguments["starts"] = arguments["starts"].to(device)
+    call = case.call(**changes)
+    if call.starts is not None:
+        call = call._replace(starts=call.starts.to(device))
     state = ops.RunningState.begin(query, case.value_dim)
     column = 0
     for size in [table.shape[1]] if sizes is None else [columns * size for size in sizes]:
@@ -37,7 +27,7 @@ def attend(
             table=table[:, column : column + size],
             first_token=column * case.block_tokens,
         )
-        flash.attend_blocks(state, query, view, **arguments)
+        flash.attend_blocks(state, query, view, call)
         column += size
     result = ops.finish_attention(state)
     return ops.AttentionState(result.out.cpu(), result.lse.cpu())

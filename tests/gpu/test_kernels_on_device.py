@@ -47,19 +47,18 @@ def attend(
     """The finished state, on the CPU, after views of `sizes` blocks each; None: the whole table."""
     query = case.query.to(device)
     how = {name: one.to(device) if torch.is_tensor(one) else one for name, one in how.items()}
-    sinks = how.pop("sinks", None)
-    arguments = {"kv_tokens": case.tokens, "scale": case.scale, **how}
+    call = case.call(**how)
     if sizes is None:
-        state = ops.paged_attention(query, case.view(), sinks=sinks, **arguments)
+        state = ops.paged_attention(query, case.view(), call)
         return ops.AttentionState(state.out.cpu(), state.lse.cpu())
     running = ops.RunningState.begin(query, case.value_dim)
     column = 0
     for size in sizes:
         table = case.table[:, column : column + size]
         view = case.view(table=table, first_token=column * case.block_tokens)
-        ops.attend_blocks(running, query, view, **arguments)
+        ops.attend_blocks(running, query, view, call)
         column += size
-    state = ops.finish_attention(running, dtype=case.dtype, sinks=sinks)
+    state = ops.finish_attention(running, dtype=case.dtype, sinks=call.sinks)
     return ops.AttentionState(state.out.cpu(), state.lse.cpu())
 
 
@@ -184,7 +183,7 @@ def test_states_of_two_parts_merge_to_the_whole(device):
     parts = []
     for first, last in ((0, 3), (3, 7)):
         view = case.view(table=case.table[:, first:last], first_token=16 * first)
-        parts.append(ops.paged_attention(query, view, kv_tokens=100, scale=case.scale))
+        parts.append(ops.paged_attention(query, view, case.call()))
     merged = ops.merge_attention_states(*parts)
     out, lse = case.expected()
     torch.testing.assert_close(merged.out.cpu().double(), out, atol=1e-5, rtol=0)

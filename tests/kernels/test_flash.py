@@ -25,20 +25,6 @@ SHAPES = [
 ]
 
 
-def arguments(case, **changes):
-    return {
-        "kv_tokens": case.tokens,
-        "scale": case.scale,
-        "query_start": case.tokens - case.queries,
-        "causal": True,
-        "starts": None,
-        "mask": None,
-        "bias": None,
-        "softcap": None,
-        **changes,
-    }
-
-
 def attend(case, sizes=None, how=flash.attend_blocks, **changes) -> ops.RunningState:
     """The state after consecutive views of `sizes` groups each, or one of the whole table."""
     columns = flash.group_columns(case.layout)
@@ -50,7 +36,7 @@ def attend(case, sizes=None, how=flash.attend_blocks, **changes) -> ops.RunningS
             table=case.table[:, column : column + size],
             first_token=column * case.block_tokens,
         )
-        how(state, case.query, view, **arguments(case, **changes))
+        how(state, case.query, view, case.call(**changes))
         column += size
     assert column >= case.table.shape[1]
     return state
@@ -118,7 +104,7 @@ def test_a_view_that_begins_behind_all_queries_leaves_the_state_alone(make_case)
     state = attend(case)
     before = ops.RunningState(state.acc.clone(), state.max.clone(), state.sum.clone())
     later = case.view(table=case.table[:, 32:], first_token=128)
-    flash.attend_blocks(state, case.query, later, **arguments(case, query_start=80))
+    flash.attend_blocks(state, case.query, later, case.call(query_start=80))
     assert same(state, before)
 
 
@@ -160,9 +146,9 @@ def test_a_state_goes_on_with_another_kernel(make_case):
         (reference.attend_blocks, flash.attend_blocks),
     ):
         state = ops.RunningState.begin(case.query, case.value_dim)
-        first(state, case.query, case.view(table=case.table[:, :16]), **arguments(case))
+        first(state, case.query, case.view(table=case.table[:, :16]), case.call())
         rest = case.view(table=case.table[:, 16:], first_token=GROUP)
-        second(state, case.query, rest, **arguments(case))
+        second(state, case.query, rest, case.call())
         result = ops.finish_attention(state, sinks=sinks)
         out, lse = case.expected(sinks=sinks)
         torch.testing.assert_close(result.out.double(), out, atol=1e-5, rtol=0)
@@ -211,7 +197,7 @@ def test_a_view_that_cuts_a_group_is_refused_before_anything_is_written(make_cas
     first, last = columns
     view = case.view(table=case.table[:, first:last], first_token=4 * first)
     with pytest.raises(UnsupportedInputError, match=r"multiples of 64 .*16 blocks of 4 tokens"):
-        flash.attend_blocks(state, case.query, view, **arguments(case))
+        flash.attend_blocks(state, case.query, view, case.call())
     assert (state.sum == 0).all() and (state.acc == 0).all()
 
 
@@ -222,7 +208,7 @@ def test_a_view_may_end_with_the_tokens(make_case):
         check(case)
         spare = torch.cat([case.table, case.table[:, :2]], 1)
         ours = ops.RunningState.begin(case.query, case.value_dim)
-        flash.attend_blocks(ours, case.query, case.view(table=spare), **arguments(case))
+        flash.attend_blocks(ours, case.query, case.view(table=spare), case.call())
         assert same(ours, attend(case))
 
 
@@ -377,14 +363,15 @@ def test_relative_error_is_at_most_1_3_times_that_of_sdpa(make_case, queries, to
 def reasons(query=None, layout=None, **changes) -> str:
     layout = layout or BlockLayout(2, 64, 64, 16, torch.bfloat16)
     query = torch.zeros(1, 4, 32, 64, dtype=layout.dtype) if query is None else query
-    return "; ".join(flash.not_supported_reasons(query, layout, **changes))
+    call = ops.AttentionCall(kv_tokens=99, query_start=67, scale=1.0, **changes)
+    return "; ".join(flash.not_supported_reasons(query, layout, call))
 
 
 def test_what_is_not_supported_is_said_with_every_reason():
     assert reasons() == ""
     everything = torch.zeros(1, 1, 1, 99)
     said = reasons(mask=everything > 0, bias=everything, softcap=1.0)
-    assert said == "a mask; a bias; a softcap"
+    assert said == "mask; bias; softcap"
     short = torch.zeros(1, 4, 15, 64)
     assert reasons(short) == (
         "15 queries, expected at least 16; "
@@ -434,6 +421,6 @@ def test_other_devices_are_refused():
 def test_a_call_it_cannot_do_raises_before_anything_is_written(make_case):
     case = make(make_case, (1, 2, 2, 40, 150, 64, 4))
     state = ops.RunningState.begin(case.query, case.value_dim)
-    with pytest.raises(UnsupportedInputError, match="cannot do this: a softcap"):
-        flash.attend_blocks(state, case.query, case.view(), **arguments(case, softcap=2.0))
+    with pytest.raises(UnsupportedInputError, match="cannot do this: softcap"):
+        flash.attend_blocks(state, case.query, case.view(), case.call(softcap=2.0))
     assert (state.sum == 0).all()

@@ -33,7 +33,9 @@ def test_query_of_another_dtype_goes_the_slower_way(make_case, kernel):
     expected, _ = case.expected()
     assert result.out.dtype == torch.float32
     torch.testing.assert_close(result.out.double(), expected, atol=4e-6, rtol=0)
-    assert "query" in " ".join(ops.not_supported_reasons(case.query.float(), case.layout))
+    assert "query" in " ".join(
+        ops.not_supported_reasons(case.query.float(), case.layout, case.call())
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -117,7 +119,7 @@ def test_bad_state_is_refused(make_case, kernel):
     for other in (make_case(batch=2), make_case(value_dim=32), make_case(queries=2)):
         state = ops.RunningState.begin(other.query, other.value_dim)
         with pytest.raises(UnsupportedInputError, match=r"state: got .*expected"):
-            ops.attend_blocks(state, case.query, case.view(), kv_tokens=60, scale=1.0)
+            ops.attend_blocks(state, case.query, case.view(), case.call())
 
 
 def test_states_of_other_queries_do_not_join(make_case, kernel):
@@ -185,5 +187,5 @@ def test_a_table_on_another_device_is_refused(make_case):
 
 def test_a_device_without_a_core_is_a_reason(make_case):
     case = make_case(tokens=60)
-    reasons = ops.not_supported_reasons(case.query.to("meta"), case.layout)
+    reasons = ops.not_supported_reasons(case.query.to("meta"), case.layout, case.call())
     assert reasons == ["query on device meta: compiled kernels are for cpu and cuda"]

@@ -200,7 +200,7 @@ def part_of(case, columns: slice, **common) -> ops.RunningState:
     state = ops.RunningState.begin(case.query, case.value_dim)
     first = (columns.start or 0) * case.block_tokens
     view = case.view(table=case.table[:, columns], first_token=first)
-    ops.attend_blocks(state, case.query, view, kv_tokens=case.tokens, scale=case.scale, **common)
+    ops.attend_blocks(state, case.query, view, case.call(**common))
     return state
 
 

@@ -16,11 +16,11 @@ import psutil
 from huggingface_hub.constants import HF_HOME
 
 from hf_tiered_cache.errors import ConfigError
-from hf_tiered_cache.layout import MIN_BLOCK_TOKENS
 from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
 
 DIRECTORY_VARIABLE = "HF_TIERED_CACHE_DIR"
 DISK_IO_MODES = ("auto", "direct", "buffered")
+MIN_BLOCK_TOKENS = 4
 
 # Shares of what is free that "auto" takes: the model's activations and other programs need the
 # rest of the memory, and a full disk hurts everybody on the machine.

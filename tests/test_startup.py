@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_tiered_cache
-from hf_tiered_cache import registration
+from hf_tiered_cache import devices, registration
+from hf_tiered_cache.evaluation import names
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {"torch", "transformers", "accelerate", "numpy", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "accelerate", "numpy", "safetensors"}
+COMMANDS = ("env", "verify", "bench", "trace")
 EXTRAS = {"datasets", "evaluate", "matplotlib"}
 
 
-def loaded_by(code: str) -> set[str]:
-    """The modules that a fresh interpreter has after `code`."""
+def fresh(code: str) -> subprocess.CompletedProcess:
+    """`code` in a fresh interpreter, which ends stderr with the modules it has, as JSON."""
     tell = "import json, sys\nprint(json.dumps(list(sys.modules)), file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{tell}"],
@@ -31,7 +34,12 @@ def loaded_by(code: str) -> set[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr.splitlines()[-1]))
+    return done
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules that a fresh interpreter has after `code`."""
+    return set(json.loads(fresh(code).stderr.splitlines()[-1]))
 
 
 def test_the_package_alone_loads_errors_and_nothing_of_others():
@@ -39,7 +47,7 @@ def test_the_package_alone_loads_errors_and_nothing_of_others():
     ours = {name for name in loaded if name.startswith("hf_tiered_cache")}
     rooms = ("errors", "registration")
     assert ours == {"hf_tiered_cache", *(f"hf_tiered_cache.{room}" for room in rooms)}
-    assert not loaded & (HEAVY | EXTRAS | {"typer", "psutil"})
+    assert not loaded & (HEAVY | EXTRAS | {"typer", "psutil", "huggingface_hub"})
 
 
 MODELS_LATER = """
@@ -144,3 +152,62 @@ def test_names_that_come_late_are_the_names_that_editors_see():
     assert set(hf_tiered_cache.__all__) <= set(dir(hf_tiered_cache))
     with pytest.raises(AttributeError, match="has no attribute 'TieredCash'"):
         hf_tiered_cache.TieredCash  # noqa: B018
+
+
+def answered_by(*arguments: str) -> tuple[set[str], int, list[str]]:
+    """(modules loaded, exit code, lines on stderr) of the command line, in a fresh interpreter."""
+    code = (
+        f"import sys; sys.argv = ['hf-tiered-cache', *{arguments!r}]\n"
+        "from hf_tiered_cache.commands.app import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code)"
+    )
+    done = fresh(code)
+    *said, modules = done.stderr.splitlines()
+    return set(json.loads(modules)), int(done.stdout.splitlines()[-1] or 0), said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--help",), ("--version",), *((name, "--help") for name in COMMANDS)],
+    ids=" ".join,
+)
+def test_help_and_version_load_nothing_heavy(arguments):
+    loaded, code, said = answered_by(*arguments)
+    assert (code, said) == (0, []) or not arguments  # which shows the help, as a mistake
+    assert not loaded & (HEAVY | EXTRAS)
+
+
+TINY_LM = str(ROOT / "eval" / "tiny_lm")
+MISTAKES = [
+    *("--frob", "--dtype=int8", "--device=abacus", "--device=cuda:x", "--data=nowhere"),
+    *("--split=test", "--column=text", "--chunk=0", "--new-tokens=0", "--context=0"),
+    *("--off-device=1.5", "--threads=1000000", "--disk-dir=/dev/null/folder"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("frob",),
+        ("verify",),
+        ("verify", "./nowhere"),
+        *(("verify", TINY_LM, mistake) for mistake in MISTAKES),
+        *(("bench", TINY_LM, mistake) for mistake in ("--rounds=0", "--disk-io=fast")),
+        *(("trace", TINY_LM, mistake) for mistake in ("--block-tokens=7", "--output=/nowhere/x")),
+    ],
+    ids=lambda arguments: " ".join(argument for argument in arguments if argument != TINY_LM),
+)
+def test_a_mistake_that_needs_no_model_is_answered_without_loading_anything(arguments):
+    loaded, code, said = answered_by(*arguments)
+    assert code == 2
+    (line,) = said
+    assert line.startswith("error: ")
+    assert not loaded & (HEAVY | EXTRAS)
+
+
+def test_the_devices_that_may_be_named_are_supported():
+    for kind in names.DEVICES:
+        devices.check_supported(torch.device(kind))
+        names.check_device(kind)
+    names.check_device("cuda:1")

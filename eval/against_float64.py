@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache
 from hf_tiered_cache.evaluation.documents import STDLIB, long_documents, read_texts
-from hf_tiered_cache.evaluation.models import load_model, load_tokenizer, model_name
+from hf_tiered_cache.evaluation.models import load_model, load_tokenizer
+from hf_tiered_cache.evaluation.names import model_name
 from hf_tiered_cache.evaluation.scoring import fitting_shape
 
 import benchmarking

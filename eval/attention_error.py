@@ -31,8 +31,8 @@ from hf_tiered_cache.evaluation.models import (
     check_has_only_full_attention,
     load_model,
     load_tokenizer,
-    model_name,
 )
+from hf_tiered_cache.evaluation.names import model_name
 
 import benchmarking
 

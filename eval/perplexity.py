@@ -32,13 +32,8 @@ from hf_tiered_cache.evaluation.documents import (
     long_documents,
     read_texts,
 )
-from hf_tiered_cache.evaluation.models import (
-    DTYPES,
-    ModelError,
-    load_model,
-    load_tokenizer,
-    model_name,
-)
+from hf_tiered_cache.evaluation.models import load_model, load_tokenizer
+from hf_tiered_cache.evaluation.names import DTYPES, ModelError, model_name
 from hf_tiered_cache.evaluation.passes import num_passes, score_window
 from hf_tiered_cache.evaluation.scoring import (
     Pass,

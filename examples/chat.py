@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache, TieredCacheError
-from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.names import ModelError
 from hf_tiered_cache.evaluation.scoring import fitting_shape
 
 TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"

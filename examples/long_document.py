@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache, TieredCacheError, generation_progress
-from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.names import ModelError
 from hf_tiered_cache.evaluation.scoring import fitting_shape
 from hf_tiered_cache.progress import Timing
 

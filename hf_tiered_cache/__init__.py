@@ -2,11 +2,14 @@
 Hugging Face code:
 
     model.generate(**inputs, past_key_values=TieredCache())
+
+The public names other than errors are loaded when they are first used: importing the package loads
+neither torch nor transformers.
 """
 
-from hf_tiered_cache.attention import disable, enable, tiered_attention_forward
-from hf_tiered_cache.cache import TieredCache
-from hf_tiered_cache.config import TieredCacheConfig
+import importlib
+import typing
+
 from hf_tiered_cache.errors import (
     BackwardError,
     BlockStateError,
@@ -20,10 +23,16 @@ from hf_tiered_cache.errors import (
     TornCacheError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.kernels.ops import available_kernels
-from hf_tiered_cache.metrics import CacheStats
-from hf_tiered_cache.progress import generation_progress
-from hf_tiered_cache.tracing import Trace, trace
+from hf_tiered_cache.registration import follow_models
+
+if typing.TYPE_CHECKING:  # what editors and type checkers read; a test compares it with _ROOMS
+    from hf_tiered_cache.attention import disable, enable, tiered_attention_forward
+    from hf_tiered_cache.cache import TieredCache
+    from hf_tiered_cache.config import TieredCacheConfig
+    from hf_tiered_cache.kernels.ops import available_kernels
+    from hf_tiered_cache.metrics import CacheStats
+    from hf_tiered_cache.progress import generation_progress
+    from hf_tiered_cache.tracing import Trace, trace
 
 __version__ = "0.1.0"
 
@@ -50,3 +59,34 @@ __all__ = [
     "tiered_attention_forward",
     "trace",
 ]
+
+# Where a public name that is not here yet is loaded from.
+_ROOMS = {
+    "CacheStats": "metrics",
+    "TieredCache": "cache",
+    "TieredCacheConfig": "config",
+    "Trace": "tracing",
+    "available_kernels": "kernels.ops",
+    "disable": "attention",
+    "enable": "attention",
+    "generation_progress": "progress",
+    "tiered_attention_forward": "attention",
+    "trace": "tracing",
+}
+
+
+if not typing.TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every name
+
+    def __getattr__(name: str) -> object:
+        if name not in _ROOMS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        room = importlib.import_module(f"{__name__}.{_ROOMS[name]}")
+        globals()[name] = value = getattr(room, name)  # from now on found without this function
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+follow_models()

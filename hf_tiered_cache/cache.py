@@ -5,9 +5,10 @@ The words and signatures of transformers end here, in `cache_layers.py` and in `
 
 import copy
 import operator
+import os
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Never
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
@@ -34,6 +35,7 @@ from hf_tiered_cache.manager_pool import ManagerPool
 from hf_tiered_cache.metrics import CacheStats
 from hf_tiered_cache.paged_states import Reader
 from hf_tiered_cache.savepoint import Savepoint
+from hf_tiered_cache.sizes import AUTO
 
 
 class TieredCache(DynamicCache):
@@ -48,9 +50,17 @@ class TieredCache(DynamicCache):
     Args:
         config: the model's config; optional. With it windowed and hybrid layers get the cache
             they need, and a budget that is too small is found at the first token.
-        device_bytes, host_bytes, disk_bytes, disk_dir, disk_io, block_tokens, staging_bytes,
-            cpu_share: see `TieredCacheConfig`; sizes are int bytes, "4GiB", "1.5GB" or "auto".
-        tiers: all of these as one `TieredCacheConfig` instead.
+        device_bytes: on each compute device, blocks and staging together. Sizes are int bytes,
+            "4GiB", "1.5GB" or "auto", a share of what is free.
+        host_bytes: of host memory between device and disk; 0: none. "auto": none on the CPU.
+        disk_bytes: of the disk tier; 0: none.
+        disk_dir: its folder; default: $HF_TIERED_CACHE_DIR, else <HF_HOME>/tiered_cache.
+        disk_io: "direct" past the page cache, "buffered" through it, or "auto".
+        block_tokens: tokens in a block, a power of two; default: 64 KiB of keys for one head.
+        staging_bytes: of device_bytes, for cold blocks passing through.
+        cpu_share: share, 0 to 1, of the blocks in host memory that the CPU attends there, or
+            "auto".
+        tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
 
@@ -69,11 +79,19 @@ class TieredCache(DynamicCache):
         self,
         config: PreTrainedConfig | None = None,
         *,
+        device_bytes: int | str = AUTO,
+        host_bytes: int | str = AUTO,
+        disk_bytes: int | str = AUTO,
+        disk_dir: str | os.PathLike[str] | None = None,
+        disk_io: str = AUTO,
+        block_tokens: int | None = None,
+        staging_bytes: int | str = AUTO,
+        cpu_share: float | str = AUTO,
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
-        **knobs: Any,
+        **unknown: Never,
     ) -> None:
         if ddp_cache_data is not None or not (
             config is None or isinstance(config, PreTrainedConfig)
@@ -86,9 +104,21 @@ class TieredCache(DynamicCache):
             raise ConfigError(
                 "offloading=True: a TieredCache offloads by itself; set device_bytes, disk_bytes"
             )
-        if tiers is not None and knobs:
-            raise ConfigError(f"give either tiers= or {', '.join(knobs)}, not both")
-        tiers = tiers or TieredCacheConfig.from_arguments(**knobs)
+        for name in unknown:
+            raise TieredCacheConfig.unknown(name)
+        given = TieredCacheConfig(
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            disk_dir=disk_dir,
+            disk_io=disk_io,
+            block_tokens=block_tokens,
+            staging_bytes=staging_bytes,
+            cpu_share=cpu_share,
+        )
+        if tiers is not None and given.asked():
+            raise ConfigError(f"give either tiers= or {', '.join(given.asked())}, not both")
+        tiers = tiers or given
         layers = DynamicCache(config=config).layers
         tiered_types = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         num_tiered = sum(type(layer) in tiered_types for layer in layers)

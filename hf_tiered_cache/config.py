@@ -10,17 +10,16 @@ import os
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import psutil
 from huggingface_hub.constants import HF_HOME
 
 from hf_tiered_cache.errors import ConfigError
-from hf_tiered_cache.layout import MIN_BLOCK_TOKENS
 from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
 
 DIRECTORY_VARIABLE = "HF_TIERED_CACHE_DIR"
 DISK_IO_MODES = ("auto", "direct", "buffered")
+MIN_BLOCK_TOKENS = 4
 
 # Shares of what is free that "auto" takes: the model's activations and other programs need the
 # rest of the memory, and a full disk hurts everybody on the machine.
@@ -76,15 +75,16 @@ class TieredCacheConfig:
             )
 
     @classmethod
-    def from_arguments(cls, **knobs: Any) -> "TieredCacheConfig":
-        """Build from keyword arguments; an unknown one raises with the closest known name."""
+    def unknown(cls, name: str) -> ConfigError:
+        """The error of an argument that is no knob, with the closest one or all of them."""
         known = [field.name for field in fields(cls)]
-        for name in knobs:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-                raise ConfigError(f"unknown argument {name!r}{hint}")
-        return cls(**knobs)
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+        return ConfigError(f"unknown argument {name!r}{hint}")
+
+    def asked(self) -> list[str]:
+        """The knobs that are not at their defaults."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 
 ALIGNMENT_BYTES = 4096
 PLANE_BYTES = 64 * 1024  # one head's keys of a default block: long enough for every reader
-MIN_BLOCK_TOKENS = 4
 MIN_DEFAULT_BLOCK_TOKENS = 64
 
 

@@ -3,28 +3,28 @@
 import math
 import re
 
-from accelerate.utils import convert_file_size_to_int
-
 from hf_tiered_cache.errors import ConfigError
 
 AUTO = "auto"
+PREFIXES = "KMGTP"
+WORDED = rf"(\d{{1,30}}(?:\.\d{{0,30}})?|\.\d{{1,30}}) ?([{PREFIXES}])(i?)B"
 
 
 def parse_bytes(name: str, size: int | str) -> int | str:
     """Turn a size into int bytes, leaving "auto"; `name` is the knob the error should name."""
-    expected = f'expected int bytes >= 0, a string such as "4GiB" or "1.5GB", or "{AUTO}"'
     if size == AUTO:
         return AUTO
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise ConfigError(f"{name}={size!r}: {expected}")
-    try:
-        tera = re.fullmatch(r"([\d.]+) ?T(i?)B", str(size), re.IGNORECASE)
-        if tera:  # accelerate's words end at giga
-            giga = convert_file_size_to_int(f"{tera[1]}G{tera[2]}B")
-            return giga * (1024 if tera[2] else 1000)
-        return convert_file_size_to_int(int(size) if str(size).isdigit() else size)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name}={size!r}: {expected}") from None
+    if isinstance(size, (int, str)) and not isinstance(size, bool):
+        plain = re.fullmatch(r"\d{1,30}", str(size))
+        if plain:
+            return int(plain[0])
+        worded = re.fullmatch(WORDED, str(size), re.IGNORECASE)
+        if worded:
+            power = PREFIXES.index(worded[2].upper()) + 1
+            return int(float(worded[1]) * (1024 if worded[3] else 1000) ** power)
+    raise ConfigError(
+        f'{name}={size!r}: expected int bytes >= 0, a string such as "4GiB" or "1.5GB", or "{AUTO}"'
+    )
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -1,7 +1,9 @@
 """`TieredCache`: its knobs and refusals, its life from construction to the garbage collector."""
 
 import copy
+import dataclasses
 import gc
+import inspect
 import os
 import re
 import shutil
@@ -106,9 +108,43 @@ def test_an_impossible_knob_is_named_with_what_is_expected(knobs, message):
     assert isinstance(error.value, ValueError)
 
 
+def test_the_knobs_of_a_cache_are_the_fields_of_its_config():
+    """Names, order, types and defaults; each told in the docstring."""
+    parameters = inspect.signature(TieredCache.__init__).parameters
+    names = [field.name for field in dataclasses.fields(TieredCacheConfig)]
+    first = list(parameters).index(names[0])
+    assert list(parameters)[first : first + len(names)] == names
+    for field in dataclasses.fields(TieredCacheConfig):
+        parameter = parameters[field.name]
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default is field.default
+        assert parameter.annotation == field.type
+    told = re.findall(r"^ {8}(\w+): ", TieredCache.__doc__, re.MULTILINE)
+    assert told == ["config", *names, "tiers"]
+
+
+EVERY_KNOB = {
+    "device_bytes": 2**20,
+    "host_bytes": 2**20,
+    "disk_bytes": 2**20,
+    "disk_io": "buffered",
+    "block_tokens": 8,
+    "staging_bytes": 2**16,
+    "cpu_share": 0.5,
+}
+
+
+def test_every_knob_reaches_the_config(tmp_path):
+    knobs = {**EVERY_KNOB, "disk_dir": tmp_path}
+    assert set(knobs) == {field.name for field in dataclasses.fields(TieredCacheConfig)}
+    with TieredCache(**knobs) as cache:
+        assert cache._owned.pool.config == TieredCacheConfig(**knobs)
+    for name, value in knobs.items():
+        with pytest.raises(ConfigError, match=f"give either tiers= or {name}, not both"):
+            TieredCache(tiers=TieredCacheConfig(), **{name: value})
+
+
 def test_sizes_are_validated_where_they_are_given():
-    with pytest.raises(ConfigError, match="not both"):
-        TieredCache(tiers=TieredCacheConfig(), device_bytes=1)
     with pytest.raises(ConfigError, match="config=dict"):
         TieredCache({"device_bytes": 1})
     with pytest.raises(ConfigError, match="set device_bytes"):

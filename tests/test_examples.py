@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.names import ModelError
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,9 @@ from hf_tiered_cache.sizes import format_bytes, parse_bytes
         ("4096", 4096),
         ("4GiB", 4 * 2**30),
         ("4gib", 4 * 2**30),
+        ("4gb", 4 * 10**9),  # bytes, not bits: the knobs are in bytes
+        (".5 KB", 500),
+        ("1.PiB", 2**50),
         ("1.5GB", 1_500_000_000),
         ("512MiB", 2**29),
         ("0.5TiB", 2**39),
@@ -25,7 +28,28 @@ def test_a_size_is_a_number_a_word_or_auto(size, num_bytes):
     assert parse_bytes("device_bytes", size) == num_bytes
 
 
-@pytest.mark.parametrize("size", [-1, "-1", "4 apples", "", "TiB", 1.5, None, True, float("nan")])
+@pytest.mark.parametrize(
+    "size",
+    [
+        -1,
+        "-1",
+        "4 apples",
+        "",
+        "TiB",
+        "1.2.3GB",
+        "-1GB",
+        "nanGB",
+        "4B",
+        "4EB",
+        "9" * 5000,
+        "9" * 400 + "GB",
+        "\u00b2",
+        1.5,
+        None,
+        True,
+        float("nan"),
+    ],
+)
 def test_anything_else_is_refused_by_the_name_of_its_knob(size):
     with pytest.raises(ConfigError, match=r"^disk_bytes=.*expected int bytes >= 0"):
         parse_bytes("disk_bytes", size)

@@ -6,7 +6,7 @@ line.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -16,6 +16,7 @@ from hf_tiered_cache.commands.env import env
 from hf_tiered_cache.commands.manners import fail
 from hf_tiered_cache.commands.trace import trace
 from hf_tiered_cache.commands.verify import verify
+from hf_tiered_cache.evaluation.versions import package_version
 
 # Of click, which typer brings along in some versions and imports in others.
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -47,12 +48,29 @@ def _in_one_line() -> Iterator[None]:
 app = typer.Typer(
     name="hf-tiered-cache",
     cls=Commands,
-    help="Look at the tiered KV cache on your own machine and with your own model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"hf-tiered-cache {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Look at the tiered KV cache on your own machine and with your own model."""
+
+
 for command in (env, verify, bench, trace):
     app.command()(command)
 

@@ -6,20 +6,9 @@ from typing import Annotated
 import typer
 
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import MISSED, command, print_json
+from hf_tiered_cache.commands.manners import MISSED, command, load_libraries, print_json
 from hf_tiered_cache.evaluation.documents import STDLIB
-from hf_tiered_cache.evaluation.environment import environment
-from hf_tiered_cache.evaluation.models import (
-    AUTO,
-    check_has_only_full_attention,
-    check_positions,
-    choose_device,
-    load_model,
-    load_outline,
-    load_tokenizer,
-    model_name,
-)
-from hf_tiered_cache.evaluation.slowdown import HEADINGS, Race, run_race
+from hf_tiered_cache.evaluation.names import AUTO, model_name
 
 MOST_OFF_DEVICE = 0.99  # something must stay: every layer's filling block
 
@@ -58,9 +47,23 @@ def bench(
     options.check_at_least(1, context=contexts[0], new_tokens=new_tokens, rounds=rounds)
     options.check_at_least(2, chunk=chunk)
     options.check_cache(disk_dir, disk_io=disk_io)
-    options.use_threads(threads)
+    options.check_threads(threads)
+    options.check_names(model, data, split, column, dtype, device)
+    shares = options.check_shares(off_device, MOST_OFF_DEVICE)
+    load_libraries(threads)
+    from hf_tiered_cache.evaluation.environment import environment
+    from hf_tiered_cache.evaluation.models import (
+        check_has_only_full_attention,
+        check_positions,
+        choose_device,
+        load_model,
+        load_outline,
+        load_tokenizer,
+    )
+    from hf_tiered_cache.evaluation.slowdown import HEADINGS, Race, run_race
+
     race = Race(
-        shares=options.check_shares(off_device, MOST_OFF_DEVICE),
+        shares=shares,
         new_tokens=new_tokens,
         rounds=rounds,
         chunk=chunk,

@@ -7,14 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import typer
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging
 
 from hf_tiered_cache.errors import TieredCacheError
 from hf_tiered_cache.evaluation.documents import DataError
-from hf_tiered_cache.evaluation.models import ModelError
+from hf_tiered_cache.evaluation.names import ModelError
 
 MISSED, MISTAKE = 1, 2  # exit codes
 
@@ -28,18 +25,37 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(run)
     def with_manners(*args: Any, **kwargs: Any) -> None:
-        if "TRANSFORMERS_VERBOSITY" not in os.environ:
-            logging.set_verbosity_error()
-        if "HF_HUB_VERBOSITY" not in os.environ:
-            hub_logging.set_verbosity_error()
         try:
             run(*args, **kwargs)
         except (MistakeError, DataError, ModelError, TieredCacheError, OSError) as error:
             fail(str(error))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             fail(f"{str(error).splitlines()[0]} Give a smaller --context, or --device cpu.")
 
     return with_manners
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def load_libraries(threads: int | None = None) -> None:
+    """Load torch and transformers, which takes seconds, once the arguments are known to be right;
+    libraries say errors only from now on, and torch, and so our kernels, uses that many threads."""
+    import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        hub_logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def fail(message: str) -> None:

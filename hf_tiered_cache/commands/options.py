@@ -3,7 +3,6 @@
 import os
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from hf_tiered_cache.commands.manners import check
@@ -11,10 +10,12 @@ from hf_tiered_cache.config import TieredCacheConfig, disk_directory, free_disk_
 from hf_tiered_cache.evaluation.documents import (
     STDLIB,
     Document,
+    check_source,
     is_joined,
     long_documents,
     read_texts,
 )
+from hf_tiered_cache.evaluation.names import check_device, check_dtype, check_model
 
 Model = Annotated[str, typer.Argument(help="Hub id of a causal model, or its folder.")]
 Data = Annotated[
@@ -85,10 +86,20 @@ def check_cache(disk_dir: str | None, **knobs: Any) -> None:
     free_disk_bytes(disk_directory(disk_dir))
 
 
-def use_threads(threads: int | None) -> None:
-    """Let torch, and so our kernels, use that many threads. Raises MistakeError for more than
-    there are processors: torch would end the process where it cannot start them."""
+def check_threads(threads: int | None) -> None:
+    """Raise MistakeError for more threads than there are processors: torch would end the process
+    where it cannot start them."""
     if threads is not None:
         most = os.cpu_count() or 1
         check(0 < threads <= most, f"--threads {threads}: expected 1 to {most}, the processors")
-        torch.set_num_threads(threads)
+
+
+def check_names(
+    model: str, data: str, split: str | None, column: str | None, dtype: str, device: str
+) -> None:
+    """Raise ModelError or DataError for what cannot be right, whatever is found when it is
+    loaded."""
+    check_model(model)
+    check_dtype(dtype)
+    check_device(device)
+    check_source(data, split, column)

@@ -4,32 +4,12 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from hf_tiered_cache import tracing
-from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import check, command
+from hf_tiered_cache.commands.manners import check, command, load_libraries
 from hf_tiered_cache.evaluation.documents import STDLIB
-from hf_tiered_cache.evaluation.models import (
-    AUTO,
-    check_attention,
-    check_has_full_attention,
-    check_positions,
-    choose_device,
-    load_model,
-    load_outline,
-    load_tokenizer,
-)
-from hf_tiered_cache.evaluation.scoring import fitting_shape
-from hf_tiered_cache.evaluation.timeline import (
-    DECODE,
-    MissingMatplotlibError,
-    save_timeline,
-    traced_forwards,
-)
-from hf_tiered_cache.progress import generation_progress
+from hf_tiered_cache.evaluation.names import AUTO
 
 SHOWN_FORWARDS = 2  # the last ones, enlarged in the picture
 
@@ -65,7 +45,31 @@ def trace(
         os.access(output.parent, os.W_OK | os.X_OK),
         f"--output {output}: {output.parent} is no folder that can be written to",
     )
-    options.use_threads(threads)
+    options.check_threads(threads)
+    options.check_names(model, data, split, column, dtype, device)
+    load_libraries(threads)
+    import torch
+
+    from hf_tiered_cache import tracing
+    from hf_tiered_cache.cache import TieredCache
+    from hf_tiered_cache.evaluation.models import (
+        check_attention,
+        check_has_full_attention,
+        check_positions,
+        choose_device,
+        load_model,
+        load_outline,
+        load_tokenizer,
+    )
+    from hf_tiered_cache.evaluation.scoring import fitting_shape
+    from hf_tiered_cache.evaluation.timeline import (
+        DECODE,
+        MissingMatplotlibError,
+        save_timeline,
+        traced_forwards,
+    )
+    from hf_tiered_cache.progress import generation_progress
+
     where = choose_device(device)
     outline = load_outline(model, dtype)
     check_has_full_attention(outline)

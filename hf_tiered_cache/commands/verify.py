@@ -1,40 +1,13 @@
 """`verify MODEL`: does the cache change what this model says? The bars of `evaluation.bars`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import MISSED, check, command, print_json, table
-from hf_tiered_cache.evaluation import parity
-from hf_tiered_cache.evaluation.bars import Bar, bars, verdict
+from hf_tiered_cache.commands.manners import MISSED, check, command, load_libraries, print_json
 from hf_tiered_cache.evaluation.documents import STDLIB
-from hf_tiered_cache.evaluation.environment import environment
-from hf_tiered_cache.evaluation.models import (
-    AUTO,
-    check_attention,
-    check_has_full_attention,
-    check_positions,
-    choose_device,
-    load_model,
-    load_outline,
-    load_tokenizer,
-    model_name,
-)
-from hf_tiered_cache.evaluation.passes import num_passes, score_window
-from hf_tiered_cache.evaluation.scoring import (
-    NOISE,
-    REFERENCE,
-    TIERED,
-    Pass,
-    Plan,
-    Window,
-    fitting_shape,
-    make_windows,
-    num_tokens,
-)
-from hf_tiered_cache.progress import progress_bar
+from hf_tiered_cache.evaluation.names import AUTO, model_name
 
 
 @command
@@ -73,7 +46,24 @@ def verify(
     options.check_at_least(2, chunk=chunk)
     options.check_at_least(1, documents=documents, new_tokens=new_tokens)
     options.check_cache(disk_dir, block_tokens=block_tokens)
-    options.use_threads(threads)
+    options.check_threads(threads)
+    options.check_names(model, data, split, column, dtype, device)
+    load_libraries(threads)
+    from hf_tiered_cache.commands import verification
+    from hf_tiered_cache.evaluation import parity
+    from hf_tiered_cache.evaluation.bars import bars, verdict
+    from hf_tiered_cache.evaluation.environment import environment
+    from hf_tiered_cache.evaluation.models import (
+        check_attention,
+        check_has_full_attention,
+        check_positions,
+        choose_device,
+        load_model,
+        load_outline,
+        load_tokenizer,
+    )
+    from hf_tiered_cache.evaluation.scoring import Plan, make_windows
+
     where = choose_device(device)
     outline = load_outline(model, dtype)
     check_has_full_attention(outline)
@@ -90,7 +80,7 @@ def verify(
     loaded = load_model(model, dtype, where)
     name = str(loaded.dtype).removeprefix("torch.")
     plan = Plan(chunk, decode_tokens, new_tokens)
-    passes = run(loaded, windows, plan, shares, attention, block_tokens, disk_dir)
+    passes = verification.run(loaded, windows, plan, shares, attention, block_tokens, disk_dir)
     rows = parity.rows(name, passes)
     kept = bars(rows)
     is_good = all(bar.is_reached for bar in kept)
@@ -99,65 +89,7 @@ def verify(
         said = {"parity": is_good, "verdict": verdict(kept), "rows": rows}
         print_json({**environment(where), **facts, **said, "bars": [vars(bar) for bar in kept]})
     else:
-        typer.echo(heading(model, windows, plan, passes, name, where))
-        typer.echo(f"{report(kept)}\n{verdict(kept)}")
+        typer.echo(verification.heading(model, windows, plan, passes, name, where))
+        typer.echo(f"{verification.report(kept)}\n{verdict(kept)}")
     if not is_good:
         raise typer.Exit(MISSED)
-
-
-def run(
-    model: Any,
-    windows: list[Window],
-    plan: Plan,
-    shares: list[float],
-    attention: str | None,
-    block_tokens: int | None,
-    disk_dir: str | None,
-) -> list[Pass]:
-    """All passes of all windows, under one bar over their tokens."""
-    shape = fitting_shape(model, windows[0].context, max(shares), block_tokens, disk_dir)
-    total = num_passes(model, shares) * sum(num_tokens(window, plan) for window in windows)
-    with progress_bar(total, "verify") as bar:
-        return [
-            one
-            for window in windows
-            for one in score_window(
-                model, window, plan, shape, shares, attention, disk_dir, bar.update
-            )
-        ]
-
-
-def heading(
-    model: str,
-    windows: list[Window],
-    plan: Plan,
-    passes: list[Pass],
-    dtype: str,
-    device: torch.device,
-) -> str:
-    """What was measured, in three lines."""
-    facts = environment(device)
-    names = ", ".join(window.document for window in windows)
-    attention = {one.cache: one.attention for one in passes}
-    noise = f"DynamicCache ({attention[NOISE]})" if NOISE in attention else "none can be measured"
-    return (
-        f"{model_name(model)}, {dtype} on {device}, kernel {facts['kernel']}, torch "
-        f"{facts['torch']}, transformers {facts['transformers']}\n"
-        f"{names}: {windows[0].context:,} tokens, the last {plan.decode_tokens} one by one, then "
-        f"{plan.new_tokens} new ones\n"
-        f"ours: TieredCache ({attention[TIERED]}) against DynamicCache ({attention[REFERENCE]}); "
-        f"noise: {noise} against that\n"
-    )
-
-
-def report(kept: list[Bar]) -> str:
-    """A line per figure: ours, the noise, the bar, met or missed; shares that give the same in one
-    line."""
-    shares: dict[tuple[str, ...], list[str]] = {}
-    for bar in kept:
-        line = (bar.name, bar.measured, bar.noise, bar.bar, bar.verdict)
-        shares.setdefault(line, []).append(bar.share)
-    headings = ("figure", "off device", "ours", "noise", "bar", "")
-    return table(
-        [headings, *((line[0], ", ".join(of_it), *line[1:]) for line, of_it in shares.items())]
-    )

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_tiered_cache.evaluation.standard_library import held_out_files, relative_path
 
 STDLIB = "stdlib"
@@ -34,10 +32,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Document:
-    """A tokenized text, long enough to be measured. ids: [tokens]."""
+    """A tokenized text, long enough to be measured. ids: a tensor [tokens]."""
 
     name: str
-    ids: torch.Tensor
+    ids: Any  # so that --help and a mistaken --data need not wait for torch
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,8 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
     set, a name in HUB_DATASETS, or "org/name" of the hub. split, column: of a data set.
     Raises DataError.
     """
+    check_source(source, split, column)
     path = Path(source).expanduser()
-    if (split or column) and (source == STDLIB or (path.exists() and not _is_data_set(path))):
-        name, given = ("--split", split) if split else ("--column", column)
-        raise DataError(f"{name} {given}: --data {source} is no data set; leave it out")
     if source == STDLIB:
         for file in held_out_files():
             yield Text(relative_path(file), file.read_text(encoding="utf-8"))
@@ -84,13 +80,23 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
         yield from _file_rows(path, split or "train", column or "text")
     elif path.is_file():
         yield Text(path.name, path.read_text(encoding="utf-8", errors="replace"))
-    elif source in HUB_DATASETS or source.count("/") == 1:
-        yield from _hub_texts(HUB_DATASETS.get(source) or HubDataset(source), split, column)
     else:
+        yield from _hub_texts(HUB_DATASETS.get(source) or HubDataset(source), split, column)
+
+
+def check_source(source: str, split: str | None, column: str | None) -> None:
+    """Raise DataError for what can be none of the sources that `read_texts` takes, and for a split
+    or column of what is no data set. Reads nothing."""
+    path = Path(source).expanduser()
+    is_named = source in (STDLIB, *HUB_DATASETS) or source.count("/") == 1
+    if not is_named and not path.is_dir() and not path.is_file():
         raise DataError(
             f"--data {source}: no such file or folder; expected {STDLIB}, a text or parquet file, "
             f"a folder of texts, one of {', '.join(HUB_DATASETS)}, or org/name of the hub"
         )
+    if (split or column) and (source == STDLIB or (path.exists() and not _is_data_set(path))):
+        name, given = ("--split", split) if split else ("--column", column)
+        raise DataError(f"{name} {given}: --data {source} is no data set; leave it out")
 
 
 def _is_data_set(path: Path) -> bool:

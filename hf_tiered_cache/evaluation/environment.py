@@ -3,13 +3,13 @@
 import os
 import platform
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from hf_tiered_cache.evaluation.versions import package_version
 from hf_tiered_cache.kernels import ops
 
 
@@ -26,11 +26,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "hf_tiered_cache": package_version(),
         "kernel": ops.backend(device),
     }
-
-
-def package_version() -> str:
-    """Of this package, installed or run from its sources."""
-    return import_module("hf_tiered_cache").__version__
 
 
 def processor() -> str:

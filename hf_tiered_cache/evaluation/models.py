@@ -1,6 +1,5 @@
 """A user's model and tokenizer, ready to be measured; what cannot be loaded is said in one line."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,17 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from hf_tiered_cache import attention
 from hf_tiered_cache.devices import check_supported
 from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.evaluation.names import (
+    AUTO,
+    DTYPES,
+    ModelError,
+    check_device,
+    check_dtype,
+    check_model,
+    not_loaded,
+)
 
-AUTO = "auto"
-DTYPES = ("float32", "bfloat16", "float16")
 NOT_LOADED = (OSError, ValueError, ImportError, SafetensorError)
-
-
-class ModelError(ValueError):
-    """The model cannot be loaded or not be measured; says what to give instead."""
 
 
 def load_model(name: str, dtype: str = AUTO, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -37,22 +39,15 @@ def load_model(name: str, dtype: str = AUTO, device: str | torch.device = "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except NOT_LOADED as error:
-        raise _not_loaded(name, error) from None
+        raise not_loaded(name, error) from None
     return model.eval().to(device)
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise ModelError unless `dtype` is "auto" or one of DTYPES."""
-    if dtype not in (AUTO, *DTYPES):
-        raise ModelError(f"--dtype {dtype}: expected {AUTO}, {', '.join(DTYPES)}")
 
 
 def load_outline(name: str, dtype: str = AUTO) -> PreTrainedModel:
     """A causal model without its weights, on the meta device, from its config alone: whether it can
     be measured is seen before anything is loaded. Raises ModelError."""
     check_dtype(dtype)
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise _not_loaded(name, FileNotFoundError("no such folder"))  # ask no hub
+    check_model(name)
     try:
         config = AutoConfig.from_pretrained(name)
         if dtype != AUTO:
@@ -60,7 +55,7 @@ def load_outline(name: str, dtype: str = AUTO) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except NOT_LOADED as error:
-        raise _not_loaded(name, error) from None
+        raise not_loaded(name, error) from None
     own = str(model.dtype).removeprefix("torch.")
     if own not in DTYPES:
         raise ModelError(f"{name} is in {own}: give --dtype, one of {', '.join(DTYPES)}")
@@ -122,12 +117,13 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except NOT_LOADED as error:
-        raise _not_loaded(name, error) from None
+        raise not_loaded(name, error) from None
 
 
 def choose_device(name: str = AUTO) -> torch.device:
     """A device of that name; "auto" is a GPU that torch can use, else the CPU. Raises
     ModelError."""
+    check_device(name)
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -138,16 +134,3 @@ def choose_device(name: str = AUTO) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ModelError(f"--device {name}: {reason}; expected auto, cpu or cuda") from None
     return device
-
-
-def _not_loaded(name: str, error: Exception) -> ModelError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-    return ModelError(
-        f"{name} cannot be loaded: {reason.rstrip('.')}; expected a folder with a causal model and "
-        "its tokenizer, or the hub id of one"
-    )
-
-
-def model_name(name: str) -> str:
-    """A hub id as it is, of a folder only its name."""
-    return Path(name).resolve().name if Path(name).is_dir() else name

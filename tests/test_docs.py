@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import hf_tiered_cache
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -70,3 +73,30 @@ def test_what_the_architecture_names_is_in_the_code():
     assert files
     for file in files:
         assert (ROOT / file).exists(), file
+
+
+def test_the_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == hf_tiered_cache.__version__
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    newest = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None and newest[1] == citation["version"]
+
+
+def test_the_forge_runs_what_the_readme_says():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == ["make test PYTHON=python"]
+    assert "    make test " in (ROOT / "README.md").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    for python in job["strategy"]["matrix"]["python"]:
+        assert f"Python :: {python}" in project, python
+
+
+def test_every_example_is_in_their_list():
+    folder = ROOT / "examples"
+    listed = (folder / "README.md").read_text()
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "README.md":
+            assert f"[{path.name}]({path.name})" in listed, path.name

@@ -163,7 +163,7 @@ std::shared_ptr<AttentionJob> new_job(int kernel, int dtype, int64_t query,
   return job;
 }
 
-// Called through hf_tiered_cache/cpu_lane.py. The thread never needs the interpreter lock.
+// Called through hf_tiered_cache/kernels/worker.py. The thread never needs the interpreter lock.
 void bind_attention_worker(py::module_& m) {
   py::class_<AttentionJob, std::shared_ptr<AttentionJob>>(m, "AttentionJob")
       .def(py::init(&new_job), py::kw_only(), py::arg("kernel"), py::arg("dtype"),

@@ -91,8 +91,8 @@ class Run:
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """int32 [batch, last - first] on that rung, else on the device (-1 where cold). Most runs
-        are never asked: what goes through staging gets other slots."""
+        """int32 [batch, last - first] on that rung, else on the device (-1 where cold). Made when
+        asked for: what goes through staging is attended in other slots."""
         rung = DEVICE if self.rung is None else self.rung
         return _slots([row[self.first : self.last] for row in self.rows], rung)
 
@@ -105,7 +105,8 @@ class Run:
 class Placement:
     """Where a table's blocks are now.
 
-    Does not change; `view` is for whoever shows the slots to the kernels to keep what it made.
+    Does not change, but for `view`: there whoever shows the slots to the kernels keeps what it made
+    of them.
     """
 
     version: int

@@ -1,4 +1,4 @@
-"""The layers of a `TieredCache`: full attention kept in blocks, alone or beside linear states.
+"""The layers of a `TieredCache`: full attention kept in blocks, alone or with linear states.
 
 A `TieredLayer` turns the new keys and values of one layer into blocks and returns paged handles on
 everything seen; which tier holds what is the business of the rooms below.

@@ -1,8 +1,8 @@
-"""What differs between the devices that attention runs on; the only room that asks for their type.
+"""What a manager must know of the device that attention runs on.
 
-On the CPU there is nothing beside the device: its memory is the host's, and everything happens at
-once. A CUDA device has a copy lane, pinned host memory and, where the CUDA core was built, a CPU
-lane.
+Where that is the CPU, its memory is the host's and everything happens at once. A CUDA device has a
+copy lane, pinned host memory and, where the CUDA core was built, a CPU lane. (`kernels` decides
+which kernel runs on a device, `tiers.device` how its memory is allocated.)
 """
 
 from types import ModuleType
@@ -24,7 +24,7 @@ SUPPORTED = ("cpu", "cuda")
 
 
 def check_supported(device: torch.device) -> None:
-    """Raise UnsupportedInputError unless blocks can be kept beside `device`."""
+    """Raise UnsupportedInputError unless blocks can be attended on `device`."""
     if device.type not in SUPPORTED:
         raise UnsupportedInputError(
             f"keys and values on {device}: expected one of {', '.join(SUPPORTED)}; move the model "
@@ -65,8 +65,8 @@ def cpus_near(device: torch.device) -> frozenset[int]:
 
 
 def cpu_lane(device: torch.device) -> CpuLane | None:
-    """What attends host blocks beside the device; None where the device is the CPU, or where the
-    compiled cores that it needs do not run."""
+    """What attends host blocks on the CPU while the device attends the rest; None where the device
+    is the CPU, or where the compiled cores that it needs do not run."""
     module = None if device.type == "cpu" else _cuda_module()
     if module is None or chosen_kernel().core is None:
         return None

@@ -114,7 +114,7 @@ class CacheStats:
     # Of transformers' own layers, which are in no budget: windows, linear states, indexers.
     untiered_layers: int = 0
     untiered_tokens: int = 0  # of the longest; of a window all that it has seen
-    untiered_bytes: int = 0  # linear states beside blocks included
+    untiered_bytes: int = 0  # with the linear states of layers that have blocks
 
     @property
     def hit_share(self) -> float:

@@ -91,8 +91,9 @@ class OffloadManager:
         self._is_closed = False
 
     def share_device(self, neighbour: "OffloadManager") -> None:
-        """Another manager draws on the same device budget from now on, under the same lock: what
-        staging may need is taken at once, for a promise would only bind this manager."""
+        """Another manager draws on the same device budget from now on, under the same lock. The
+        slots that staging may need are taken at once: the other manager would not leave them
+        free."""
         assert neighbour.lock is self.lock
         with self.lock:
             self._tidy()

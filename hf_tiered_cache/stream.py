@@ -220,8 +220,9 @@ class BlockStream:
         return slot
 
     def _hold_loads(self, slots: Sequence[int]) -> None:
-        """Let the next loads come after whatever reads the slots: the attention of what was staged
-        there, or anything where the slot was no staging slot before."""
+        """Make the next loads wait until the device reads the slots no more: until it is past the
+        attention over what was staged there before or, for a slot that staging did not have before,
+        past everything that it was given so far."""
         lane = self._device.lane
         if lane is None:
             return

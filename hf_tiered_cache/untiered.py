@@ -1,4 +1,4 @@
-"""What of a cache is not kept in blocks: transformers' own layers, and linear states beside blocks.
+"""What of a cache is not kept in blocks: transformers' own layers, and linear states.
 
 Windows and linear states are small and stay so; layers with an indexer grow with every token, and
 no budget holds them. All of it is counted and shown.

@@ -17,6 +17,7 @@ def test_an_sdist_holds_every_source_and_module(tmp_path):
     with tarfile.open(archive) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    modules = (ROOT / "hf_tiered_cache").rglob("*.py")
+    package = ROOT / "hf_tiered_cache"
+    modules = [*package.rglob("*.py"), *package.rglob("*.pyi"), package / "py.typed"]
     wanted = {str(path.relative_to(ROOT)) for path in [*sources, *modules]}
     assert wanted - held == set()

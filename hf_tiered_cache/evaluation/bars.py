@@ -26,7 +26,7 @@ TIMES_THE_MEAN_NOISE = 1.5  # the same of a mean over all tokens, which hardly m
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure of one row beside the noise and what it must keep."""
+    """One figure of one row, the noise of it and the bar that it must keep."""
 
     name: str
     what: str  # dtype, context, share

@@ -1,4 +1,4 @@
-"""A trace as a picture: what ran beside what.
+"""A trace as a picture: what ran at the same time.
 
 One row for the model's forwards, for attention, its calls of the kernel, merges and waits; one for
 each load and store that was under way at the same time. Attention and transfers are coloured by

@@ -8,8 +8,8 @@
     keep_only give back every slot but these
     close     give everything back
 
-A new tier is one file with `class XTier(Tier, name="x")`: subclassing registers it, and the
-contract tests run over every registered tier.
+Subclassing with a name, `class XTier(Tier, name="x")`, registers a tier, and the contract tests run
+over every registered one. Which tiers a cache has is decided in `manager_pool`.
 """
 
 import _thread
@@ -139,8 +139,9 @@ class Transfer:
             self.wait()
 
     def hold_device(self) -> None:
-        """Let all that the device is given from now on come after this transfer. Raises as `wait`,
-        of what is known by then. Here, and wherever the device is the CPU, the same as `wait`."""
+        """Make the work that the device is given from now on wait for this transfer. Raises as
+        `wait` does, if the transfer is known to have failed by then. Here, and wherever the device
+        is the CPU, the same as `wait`."""
         self.wait()
 
     def check_process(self) -> None:

@@ -1,4 +1,4 @@
-"""The copy lane of a CUDA device: two streams beside whichever stream the model runs on.
+"""The copy lane of a CUDA device: two streams of its own, besides the one the model runs on.
 
 Loads and stores each have a stream of their own, so both directions of the link work at once.
 Events order them against the caller's current stream, which is asked for at every call: a user may

@@ -165,8 +165,10 @@ class _Growth:
 
     def _get(self, memory: torch.Tensor) -> None:
         if self._near and hasattr(os, "sched_setaffinity"):
-            with contextlib.suppress(OSError):  # not ours to use: the memory is elsewhere, as good
-                os.sched_setaffinity(0, self._near)  # of this thread, which has no other work
+            # This thread has no other work, so it may be moved there. Where these processors are
+            # not ours to use the memory lies elsewhere: slower, not wrong.
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, self._near)
         _touch(memory)
 
     def _pin(self, touched: Transfer, memory: torch.Tensor, stop: int) -> None:

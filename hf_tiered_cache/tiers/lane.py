@@ -1,4 +1,4 @@
-"""The copy lane: how blocks go between a device and the memory below it, beside the device's work.
+"""The copy lane: how blocks go between a device and the memory below it, while the device works.
 
 A device that is not the CPU does what it is given in the order it is given, some time later. Copies
 go on queues of their own, so what they may overtake has to be said:

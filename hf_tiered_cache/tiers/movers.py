@@ -60,12 +60,12 @@ def make_mover(name: str, num_threads: int) -> Mover:
     """The mover of that name; "auto" is the compiled one where it is there. Raises ConfigError."""
     if name not in MOVERS:
         raise ConfigError(f"unknown mover {name!r}; expected one of {', '.join(MOVERS)}")
-    core = compiled_core()
-    if name == "compiled" and core is None:
+    has_core = compiled_core() is not None
+    if name == "compiled" and not has_core:
         raise ConfigError("mover 'compiled' needs the compiled core, which was not built")
-    if core is None or name == "python":
+    if not has_core or name == "python":
         return PythonMover(num_threads)
-    return CompiledMover(core, num_threads)
+    return CompiledMover(num_threads)
 
 
 class PythonMover:
@@ -108,10 +108,13 @@ _numbers = count()
 class CompiledMover:
     """The threads of the compiled core."""
 
-    def __init__(self, core: ModuleType, num_threads: int) -> None:
-        self._core = core
+    def __init__(self, num_threads: int) -> None:
+        from hf_tiered_cache import _C  # where it was not built, nobody comes here
+
+        self._core = _C
         key = (os.getpid(), num_threads)
-        self._io = _shared_io.setdefault(key, core.BlockIO(num_threads))  # one step: no lock
+        # One step: it needs no lock.
+        self._io: _C.BlockIO = _shared_io.setdefault(key, _C.BlockIO(num_threads))
         self._number = next(_numbers)
 
     def start(self) -> None:

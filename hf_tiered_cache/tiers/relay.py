@@ -8,7 +8,11 @@ from hf_tiered_cache.tiers.base import Transfer, io_error
 
 
 class Relay(Transfer):
-    """Two transfers, the second begun when the first has ended and somebody looks."""
+    """Two transfers, one behind the other.
+
+    Nobody is woken when the first ends: the second begins when this one is next asked whether it is
+    ready, or waited for.
+    """
 
     __slots__ = ("_begin_second", "_first", "_second")
 

@@ -115,7 +115,7 @@ def _attend(
         kwargs |= {name: given for name, given in known.items() if given is not None}
         return dense(module, query, _dense(key), _dense(value), attention_mask, **kwargs)
     snapshot: Snapshot = key.snapshot  # type: ignore[attr-defined]
-    out_dtype = _out_dtype(query)
+    autocast_dtype = torch.get_autocast_dtype(query.device.type) if _is_autocast(query) else None
     if query.dtype != key.dtype:
         query = query.to(key.dtype)
     batch, _, num_queries, head_dim = query.shape
@@ -142,10 +142,12 @@ def _attend(
     )
     try:
         seen = query.detach() if query.requires_grad else query
-        out = _stream_attention(snapshot, seen, call).to(out_dtype)
+        out = _stream_attention(snapshot, seen, call)
     except BaseException as error:
         snapshot.owner.note_failure(error)
         raise
+    if autocast_dtype is not None:  # attended in the blocks' own, wider dtype: only this is rounded
+        out = out.to(autocast_dtype)
     if query.requires_grad and torch.is_grad_enabled():
         out = RefuseBackward.apply(out, query)
     return out, None
@@ -281,12 +283,6 @@ def _can_stream(
 def _is_autocast(query: torch.Tensor) -> bool:
     """Whether autocast decides in which dtype this query is attended: it leaves float64 alone."""
     return torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
-
-
-def _out_dtype(query: torch.Tensor) -> torch.dtype:
-    """What torch's attention would return. Under autocast the blocks are attended in their own,
-    wider dtype, and only the result is rounded."""
-    return torch.get_autocast_dtype(query.device.type) if _is_autocast(query) else query.dtype
 
 
 def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -36,8 +36,8 @@ class AttentionCall(NamedTuple):
 
     def beyond(self, known: frozenset[str]) -> list[str]:
         """Names of the facts given that are not among `known`."""
-        kind: Any = type(self)
-        found = []
+        kind: Any = type(self)  # mypy takes the class of a named tuple for unhashable
+        found = []  # filled by a loop: asked for every layer and token, and mostly empty
         for name in _others(kind, known):
             if getattr(self, name) is not None:
                 found.append(name)

@@ -47,9 +47,15 @@ def test_a_thread_beside_a_device_is_not_given_it(make_case):
     case = make_case(tokens=60)
     assert CpuLane.can_attend(case.query, case.kv_heads, case.call())
     assert not CpuLane.can_attend(case.query, case.kv_heads, windowed(case))
+    words = torch.zeros(2, dtype=torch.int32)  # nobody raises the first: nothing is attended
+    flags = (words[:1].data_ptr(), words[1:].data_ptr())
     state = ops.RunningState.begin(case.query, case.value_dim)
-    with pytest.raises(UnsupportedInputError, match="CPU's thread: got window, expected nothing"):
-        worker.AttentionWorker().submit(case.query, [case.view()], state, (0, 0), 1, windowed(case))
+    thread = worker.AttentionWorker()
+    try:
+        with pytest.raises(UnsupportedInputError, match="CPU's thread: got window, expected"):
+            thread.submit(case.query, [case.view()], state, flags, 1, windowed(case))
+    finally:
+        thread.close()
 
 
 def test_a_new_fact_that_is_not_given_changes_nothing(make_case, kernel):

@@ -37,6 +37,7 @@ bench: $(BUILT)
 	$(BIN)/python eval/bench_generate.py
 	$(BIN)/python eval/bench_offload.py
 	$(BIN)/python eval/bench_overhead.py
+	$(BIN)/python eval/bench_startup.py
 
 bench-quick: $(BUILT)
 	$(BIN)/python eval/bench_kernels.py --quick

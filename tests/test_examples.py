@@ -164,4 +164,4 @@ def test_a_budget_that_is_too_small_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: device_bytes=64.0 KiB holds")
+    assert done.stderr.splitlines()[-1].startswith("error: device_bytes=64.0 KiB is too small")

@@ -215,14 +215,21 @@ class TestMemory:
     def test_a_real_limit_refuses_threads_and_then_aligned_memory(self, tmp_path, mover):
         """`ulimit -v` in a fresh process: nothing aborts it, and it goes on when the limit goes."""
         script = """
-            import resource, sys, torch
+            import resource, sys, time, torch
             from hf_tiered_cache.errors import TierIOError
             from hf_tiered_cache.tiers import Budget, DiskTier
 
-            def limited(room):
+            def size():
                 with open("/proc/self/statm") as statm:
-                    size = int(statm.read().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (size + room, before[1]))
+                    return int(statm.read().split()[0]) * resource.getpagesize()
+
+            def limited(room):
+                sizes = [size()]  # a thread gives its copy back behind the end of its transfer
+                while len(sizes) < 15:
+                    time.sleep(0.02)
+                    now = size()
+                    sizes = [*sizes, now] if now == sizes[-1] else [now]
+                resource.setrlimit(resource.RLIMIT_AS, (now + room, before[1]))
 
             before = resource.getrlimit(resource.RLIMIT_AS)
             block = 32 * 2**20

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache
 
@@ -23,6 +24,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def told_by(monkeypatch) -> Callable[[str], list[str]]:
+    """What a room of the package warned of since, each text once."""
+
+    def listen(room: str) -> list[str]:
+        messages: list[str] = []
+        logger = logging.get_logger(f"hf_tiered_cache.{room}")
+        monkeypatch.setattr(logger, "warning", lambda message, *_, **__: messages.append(message))
+        type(logger).warning_once.cache_clear()
+        return messages
+
+    return listen
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 from families import tiny_model
 from support import sharpen
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging
 
 ORIGINAL = 24
 
@@ -32,13 +31,8 @@ def longrope_model(kind: str):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What was warned of since, each text once."""
-    messages = []
-    logger = logging.get_logger("hf_tiered_cache.forwards")
-    monkeypatch.setattr(logger, "warning", lambda message, *_, **__: messages.append(message))
-    type(logger).warning_once.cache_clear()
-    return messages
+def told(told_by):
+    return told_by("forwards")
 
 
 def generated(model, cache, num_tokens: int, new: int = 8):

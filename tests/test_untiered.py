@@ -8,7 +8,6 @@ from families import tiny_model
 from test_failed_forwards import PlannedError, hooked
 from test_generate_parity import prompt
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging
 
 from hf_tiered_cache import UnsupportedInputError
 
@@ -41,13 +40,8 @@ def forward(model, cache, ids=None):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What was warned of since, each text once."""
-    messages = []
-    logger = logging.get_logger("hf_tiered_cache.untiered")
-    monkeypatch.setattr(logger, "warning", lambda message, *_, **__: messages.append(message))
-    type(logger).warning_once.cache_clear()
-    return messages
+def told(told_by):
+    return told_by("untiered")
 
 
 def num_bytes(value) -> int:

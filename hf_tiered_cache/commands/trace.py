@@ -53,12 +53,9 @@ def trace(
     from hf_tiered_cache import tracing
     from hf_tiered_cache.cache import TieredCache
     from hf_tiered_cache.evaluation.models import (
-        check_attention,
-        check_has_full_attention,
-        check_positions,
+        check_fits,
         choose_device,
         load_model,
-        load_outline,
         load_tokenizer,
     )
     from hf_tiered_cache.evaluation.scoring import fitting_shape
@@ -71,11 +68,7 @@ def trace(
     from hf_tiered_cache.progress import generation_progress
 
     where = choose_device(device)
-    outline = load_outline(model, dtype)
-    check_has_full_attention(outline)
-    check_positions(outline, context, new_tokens)
-    if attention is not None:
-        check_attention(outline, attention)
+    check_fits(model, dtype, context, new_tokens, attention)
     tokenizer = load_tokenizer(model)
     (document,) = options.find_documents(tokenizer, data, split, column, join, context)
     loaded = load_model(model, dtype, where)

@@ -54,22 +54,15 @@ def verify(
     from hf_tiered_cache.evaluation.bars import bars, verdict
     from hf_tiered_cache.evaluation.environment import environment
     from hf_tiered_cache.evaluation.models import (
-        check_attention,
-        check_has_full_attention,
-        check_positions,
+        check_fits,
         choose_device,
         load_model,
-        load_outline,
         load_tokenizer,
     )
     from hf_tiered_cache.evaluation.scoring import Plan, make_windows
 
     where = choose_device(device)
-    outline = load_outline(model, dtype)
-    check_has_full_attention(outline)
-    check_positions(outline, context, new_tokens)
-    if attention is not None:
-        check_attention(outline, attention)
+    check_fits(model, dtype, context, new_tokens, attention)
     tokenizer = load_tokenizer(model)
     found = options.find_documents(tokenizer, data, split, column, join, context, documents)
     windows = [

@@ -62,6 +62,18 @@ def load_outline(name: str, dtype: str = AUTO) -> PreTrainedModel:
     return model
 
 
+def check_fits(
+    name: str, dtype: str, context: int, new_tokens: int, attention: str | None = None
+) -> None:
+    """Raise ModelError, before any weights are loaded, for a model of which the cache keeps nothing
+    in blocks, that was not made for so many tokens, or that does not take that attention."""
+    outline = load_outline(name, dtype)
+    check_has_full_attention(outline)
+    check_positions(outline, context, new_tokens)
+    if attention is not None:
+        check_attention(outline, attention)
+
+
 def check_positions(model: PreTrainedModel, context: int, new_tokens: int) -> None:
     """Raise ModelError unless the model was made for a context and the tokens decoded behind it."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

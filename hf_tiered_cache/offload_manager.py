@@ -158,10 +158,9 @@ class OffloadManager:
         if num_tokens < room and not must_own:  # in decode nearly always: one number changes
             self._write(table, keys, values)
             return
-        if must_own or num_tokens > room:
-            checks.check_new_tokens(keys, values, self.layout, table.batch)
         with self.blocks.changing:
             if must_own or num_tokens > room:
+                checks.check_new_tokens(keys, values, self.layout, table.batch)
                 self._check_capacity(table, num_tokens)
             done = 0
             try:
@@ -387,15 +386,13 @@ class OffloadManager:
     def _most_slots(self, wanted: int) -> int:
         """The device slots that this manager has or may get; neighbours that hold more than they
         need give some back, where those are less than wanted."""
+        tier = self.device_tier
         for neighbour in self._neighbours:
-            most = self.device_tier.used_slots + self.device_tier.num_free()
-            if most < wanted:
-                tier = self.device_tier
-                missing = wanted * self.layout.num_bytes - tier.committed_bytes
-                missing -= tier.budget.free_bytes
+            missing = wanted * self.layout.num_bytes - tier.committed_bytes - tier.budget.free_bytes
+            if missing > 0:
                 with contextlib.suppress(OutOfBlocksError, TierIOError):
                     neighbour.yield_device(missing)
-        return self.device_tier.used_slots + self.device_tier.num_free()
+        return tier.used_slots + tier.num_free()
 
     def _fill_needs(self, table: BlockTable) -> tuple[int, int]:
         """(blocks to copy before the table's last blocks can be written, blocks pinned to the

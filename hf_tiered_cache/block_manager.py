@@ -50,6 +50,13 @@ class KVBlock:
         return self.slots[DEVICE] is not None
 
     @property
+    def device_slot(self) -> int:
+        """The slot of a resident block."""
+        slot = self.slots[DEVICE]
+        assert slot is not None, f"{self} is not resident"
+        return slot
+
+    @property
     def highest(self) -> int:
         """The rung of its highest copy."""
         return next(rung for rung, slot in enumerate(self.slots) if slot is not None)
@@ -105,8 +112,8 @@ class Run:
 class Placement:
     """Where a table's blocks are now.
 
-    Does not change, but for `view`: there whoever shows the slots to the kernels keeps what it made
-    of them.
+    Does not change, but for `view` and `plans`: there whoever shows the blocks to the kernels
+    keeps what it made of them.
     """
 
     version: int
@@ -114,6 +121,7 @@ class Placement:
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
+    plans: dict[bool, Any] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> torch.Tensor:

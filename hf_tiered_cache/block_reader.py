@@ -6,9 +6,11 @@ attended in place: by the kernels themselves where the device is the CPU, else b
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from itertools import chain
 
 import torch
 
@@ -102,11 +104,13 @@ class BlockReader:
         num_blocks = table.num_blocks
         if num_tokens is not None:
             num_blocks = min(num_blocks, self._layout.num_blocks(num_tokens))
-        for part in self._parts(table, num_blocks, beside):
-            num_reads = (part.last - part.first) * table.batch
-            if part.run is None:
-                yield from self._stream_cold(table, part, scan, beside)
-            elif part.run.is_resident:
+        plan = self._plan(table, num_blocks, beside)
+        for part in plan.parts:
+            if isinstance(part, _Staging):
+                yield from self._stage(table, part, plan, scan, beside)
+                continue
+            num_reads = part.slots.numel()
+            if part.run.is_resident:
                 self._counters.resident_reads += num_reads
                 yield Chunk(part.first, part.slots)
             elif not beside:
@@ -124,24 +128,22 @@ class BlockReader:
         """Let the CPU lane attend its part of the table's host blocks where they lie; whether there
         is any. If so, `stream` the rest with `beside`, then `join_beside` the states."""
         lane = self._cpu_lane
-        if lane is None or not lane.can_attend(query, self._layout.kv_heads, call):
+        if lane is None or self.split.cpu_share == 0:
+            return False
+        if not lane.can_attend(query, self._layout.kv_heads, call):
             return False
         num_blocks = min(table.num_blocks, self._layout.num_blocks(call.kv_tokens))
-        parts = [
-            part
-            for part in self._parts(table, num_blocks, beside=True)
-            if part.run is not None and not part.run.is_resident
-        ]
+        parts = self._plan(table, num_blocks, beside=True).beside
         if not parts:
             return False
-        views = [self.view(Chunk(part.first, part.slots, HOST)) for part in parts]
+        views = [part.view or self._show(part) for part in parts]
         host = self._memory[HOST]
         assert isinstance(host, HostLaneTier)
         with self._blocks.changing:
             attended = lane.begin(query, views, call)
             for part in parts:
                 self._counters.in_place_reads += part.slots.numel()
-                host.keep(part.slots.flatten().tolist(), attended)
+                host.keep(part.slot_list, attended)
         return True
 
     def join_beside(self, state: ops.RunningState) -> None:
@@ -163,13 +165,45 @@ class BlockReader:
             with self._blocks.changing:
                 self._stream.clear()  # some of what is staged may not be wanted any more
 
-    def _parts(self, table: BlockTable, num_blocks: int, beside: bool) -> Iterator["_Part"]:
-        """The first columns of a table, by how they come to attention: what is resident where it
-        lies, and so the oldest part of each run in host memory, as large as `split` says."""
+    def _plan(self, table: BlockTable, num_blocks: int, beside: bool) -> "_Plan":
+        """How the first columns of a table come to attention; made anew only after something of
+        its layer moved, or the shares of the lanes did."""
         placement = self._blocks.placement(table)
-        if self.group_columns > 1 and not beside:
-            yield from self._grouped_parts(placement, num_blocks)
-            return
+        key = (num_blocks, self.split.cpu_share, self._stream.chunk_blocks)
+        plan: _Plan | None = placement.plans.get(beside)
+        if plan is None or plan.key != key:
+            is_grouped = self.group_columns > 1 and not beside
+            parts = self._grouped_parts if is_grouped else self._parts
+            plan = self._plan_of(table, parts(placement, num_blocks, beside), key)
+            placement.plans[beside] = plan
+        return plan
+
+    def _plan_of(
+        self, table: BlockTable, parts: "Iterable[_Part | tuple[int, int]]", key: tuple[object, ...]
+    ) -> "_Plan":
+        """The same with columns that go through staging cut into what is staged at once."""
+        group = self.group_columns
+        columns = max(group, self._stream.chunk_blocks // max(1, table.batch) // group * group)
+        ready: list[_Part | _Staging] = []
+        cold: list[KVBlock] = []
+        for part in parts:
+            if isinstance(part, _Part):
+                ready.append(part)
+                continue
+            first, last = part
+            for begin in range(first, last, columns):
+                end = min(begin + columns, last)
+                blocks = [block for block in table.blocks(begin, end) if not block.is_resident]
+                cold += blocks
+                ready.append(_Staging(begin, end, blocks, len(cold)))
+        return _Plan(key, ready, cold)
+
+    def _parts(
+        self, placement: Placement, num_blocks: int, beside: bool
+    ) -> "Iterator[_Part | tuple[int, int]]":
+        """The first columns of a table, by how they come to attention: what is resident where it
+        lies, and so the oldest part of each run in host memory, as large as `split` says. The
+        others, [first, last), go through staging."""
         shares_host = self._cpu_lane is None or beside
         for run in placement.runs:
             last = min(run.last, num_blocks)
@@ -183,9 +217,11 @@ class BlockReader:
             if cut > run.first:
                 yield _Part(run.first, cut, run)
             if cut < last:
-                yield _Part(cut, last, None)
+                yield cut, last
 
-    def _grouped_parts(self, placement: Placement, num_blocks: int) -> Iterator["_Part"]:
+    def _grouped_parts(
+        self, placement: Placement, num_blocks: int, beside: bool
+    ) -> "Iterator[_Part | tuple[int, int]]":
         """The same with borders between groups of columns only: a group that is partly cold goes
         through staging, and its resident blocks are attended where they lie all the same."""
         group, done = self.group_columns, 0
@@ -194,11 +230,11 @@ class BlockReader:
             last = num_blocks if run.last >= num_blocks else run.last // group * group
             if first < last:
                 if done < first:
-                    yield _Part(done, first, None)
+                    yield done, first
                 yield _Part(first, last, run)
                 done = last
         if done < num_blocks:
-            yield _Part(done, num_blocks, None)
+            yield done, num_blocks
 
     def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
         """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
@@ -229,45 +265,52 @@ class BlockReader:
             placement.view = self.view(Chunk(run.first, run.slots))
         return placement.view
 
-    def _stream_cold(
-        self, table: BlockTable, part: "_Part", scan: Sequence[BlockTable], beside: bool
+    def _show(self, part: "_Part") -> ops.BlockView:
+        """A part in host memory as the CPU lane takes it, made once."""
+        part.view = self.view(Chunk(part.first, part.slots, HOST))
+        return part.view
+
+    def _stage(
+        self,
+        table: BlockTable,
+        part: "_Staging",
+        plan: "_Plan",
+        scan: Sequence[BlockTable],
+        beside: bool,
     ) -> Iterator[Chunk]:
-        group = self.group_columns
-        columns = max(group, self._stream.chunk_blocks // table.batch // group * group)
-        for begin in range(part.first, part.last, columns):
-            end = min(begin + columns, part.last)
-            cold = [block for block in table.blocks(begin, end) if not block.is_resident]
-            with self._blocks.changing:
-                staged = dict(zip(cold, self._stream.load(cold), strict=True))
-            slots = [
-                [staged[b] if (slot := b.slots[DEVICE]) is None else slot for b in row[begin:end]]
-                for row in table.rows
-            ]
-            self._counters.cold_reads += len(cold)
-            yield Chunk(begin, torch.tensor(slots, dtype=torch.int32))
-            with self._blocks.changing:
-                self._stream.release(cold)
-                self._stream.prefetch(self._upcoming(table, end, scan, beside))
+        """Bring columns through staging, and what comes next on its way."""
+        cold = part.cold
+        with self._blocks.changing:
+            staged = self._stream.load(cold)
+        slots = staged
+        if table.batch > 1 or len(cold) < part.last - part.first:
+            places = dict(zip(cold, staged, strict=True))
+            rows = [row[part.first : part.last] for row in table.rows]
+            slots = [b.device_slot if b.is_resident else places[b] for row in rows for b in row]
+        self._counters.cold_reads += len(cold)
+        # An array first: torch takes a list apart three times as slowly.
+        flat = torch.frombuffer(array("i", slots), dtype=torch.int32)
+        yield Chunk(part.first, flat.view(table.batch, -1))
+        with self._blocks.changing:
+            self._stream.release(cold)
+            lists = self._upcoming(table, plan.cold, part.num_done, scan, beside)
+            self._stream.prefetch(chain.from_iterable(lists))
 
     def _upcoming(
-        self, table: BlockTable, column: int, scan: Sequence[BlockTable], beside: bool
-    ) -> Iterator[KVBlock]:
+        self,
+        table: BlockTable,
+        cold: list[KVBlock],
+        num_done: int,
+        scan: Sequence[BlockTable],
+        beside: bool,
+    ) -> Iterator[Sequence[KVBlock]]:
         """Blocks to be staged in the order the next reads will want them: the rest of this table,
         the following layers, and round again (the next token) to where we are."""
-        yield from self._to_stage(table, column, table.num_blocks, beside)
+        yield cold[num_done:]
         here = next((i for i, other in enumerate(scan) if other is table), len(scan))
-        for other in [*scan[here + 1 :], *scan[:here]]:
-            yield from self._to_stage(other, 0, other.num_blocks, beside)
-        yield from self._to_stage(table, 0, column, beside)
-
-    def _to_stage(
-        self, table: BlockTable, first: int, last: int, beside: bool
-    ) -> Iterator[KVBlock]:
-        for part in self._parts(table, last, beside):
-            if part.run is None and part.last > first:
-                for block in table.blocks(max(first, part.first), part.last):
-                    if not block.is_resident:
-                        yield block
+        for other in chain(scan[here + 1 :], scan[:here]):
+            yield self._plan(other, other.num_blocks, beside).cold
+        yield cold[:num_done]
 
 
 class _Reading:
@@ -276,16 +319,46 @@ class _Reading:
     __slots__ = ("__weakref__",)
 
 
-class _Part(NamedTuple):
-    """Columns [first, last) of a table: of a run that is attended where it lies, or (None) what
-    goes through staging."""
+@dataclass(eq=False)
+class _Part:
+    """Columns [first, last) of a run, attended where they lie."""
 
     first: int
     last: int
-    run: Run | None
+    run: Run
+    view: ops.BlockView | None = None
 
-    @property
+    @cached_property
     def slots(self) -> torch.Tensor:
         """int32 [batch, last - first], on the run's rung."""
-        assert self.run is not None
         return self.run.slots[:, self.first - self.run.first : self.last - self.run.first]
+
+    @cached_property
+    def slot_list(self) -> list[int]:
+        """The same, row by row."""
+        return self.slots.flatten().tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class _Staging:
+    """Columns [first, last) that go through staging at once."""
+
+    first: int
+    last: int
+    cold: list[KVBlock]  # those to be staged, each once
+    num_done: int  # of the plan's cold blocks, with these
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """How columns come to attention, in block order."""
+
+    key: tuple[object, ...]  # what it follows from, besides the placement
+    parts: list[_Part | _Staging]
+    cold: list[KVBlock]  # all that is staged
+
+    @cached_property
+    def beside(self) -> list[_Part]:
+        """The parts in host memory."""
+        parts = [part for part in self.parts if isinstance(part, _Part)]
+        return [part for part in parts if not part.run.is_resident]

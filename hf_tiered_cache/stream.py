@@ -10,28 +10,27 @@ which lags behind, is past the attention that reads it: `release` marks that mom
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import filterfalse, islice, repeat
 from time import perf_counter
 
 from hf_tiered_cache import tracing
 from hf_tiered_cache.block_manager import DEVICE, KVBlock
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.metrics import Counters, span
-from hf_tiered_cache.tiers.base import Tier, Transfer
+from hf_tiered_cache.tiers.base import DONE, Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane import Mark
 from hf_tiered_cache.tracing import LOAD, LOAD_WAIT
 
 # One read of neighbouring records up to this size: below it the calls, not the bytes, cost.
 READ_BYTES = 1024 * 1024
-# With a copy lane: a link reaches its rate from about 4 MiB up.
-LANE_READ_BYTES = 4 * READ_BYTES
+# With a copy lane: a link reaches its rate from about 4 MiB up, and a read costs the host about 20
+# us, in which a link carries 1 MiB. So as much as a quarter of the ring at once, but no more than
+# what is attended first should wait for.
+LANE_READ_BYTES = (4 * READ_BYTES, 32 * READ_BYTES)
+READS_PER_RING = 4
 
-
-@dataclass
-class _Staged:
-    slot: int
-    transfer: Transfer
+_Staged = tuple[int, Transfer]  # the staging slot of a block and its load
 
 
 class BlockStream:
@@ -97,20 +96,22 @@ class BlockStream:
         What failed while it was loaded ahead is tried once more. Raises TierIOError when a load
         failed; the blocks are then no longer staged, and a later call tries again.
         """
-        has_prefetched = any(block in self._staged for block in blocks)
-        self._start_missing(blocks)
+        staged = self._staged
+        missing = [block for block in blocks if block not in staged]
+        has_prefetched = len(missing) < len(blocks)
         try:
+            self._start_missing(blocks, missing)
             self._wait(blocks)
         except TierIOError:
             if not has_prefetched:
                 raise
-            self._start_missing(blocks)
+            self._start_missing(blocks, [block for block in blocks if block not in staged])
             self._wait(blocks)
-        return [self._staged[block].slot for block in blocks]
+        return [staged[block][0] for block in blocks]
 
     def release(self, blocks: Iterable[KVBlock]) -> None:
         """The blocks were attended; their staging slots are free."""
-        slots = [self._staged.pop(block).slot for block in blocks]
+        slots = [slot for slot, _ in map(self._staged.pop, blocks)]
         self._free += slots
         if self._device.lane is not None and slots:
             self._last_reads.update(dict.fromkeys(slots, self._device.lane.mark()))
@@ -119,25 +120,24 @@ class BlockStream:
         """Start loading `upcoming` blocks, in order of use, into the free staging slots. A block
         may come more than once: tables share blocks."""
         if self._device.lane is not None:
-            for staged in self._staged.values():
-                staged.transfer.is_ready()  # what goes in two steps takes the second
+            for tier in self._tiers:
+                tier.advance()
         room = len(self._free) + self.num_reserved
         if not room:
             return
+        absent = filterfalse(self._staged.__contains__, upcoming)
         missing: dict[KVBlock, None] = {}
-        for block in upcoming:
-            if block not in self._staged:
-                missing[block] = None
-                if len(missing) == room:
-                    break
+        while more := list(islice(absent, room - len(missing))):
+            missing.update(dict.fromkeys(more))
         self._start(list(missing))
 
     def discard(self, block: KVBlock) -> None:
         """Forget a staged block, after its load has ended; nothing happens if it is not staged."""
         entry = self._staged.pop(block, None)
         if entry is not None:
-            entry.transfer.outlast()
-            self._free.append(entry.slot)
+            slot, transfer = entry
+            transfer.outlast()
+            self._free.append(slot)
 
     def clear(self) -> None:
         """Forget everything that is staged."""
@@ -151,28 +151,29 @@ class BlockStream:
         self._last_reads.clear()
         self._free.clear()
 
-    def _start_missing(self, blocks: Sequence[KVBlock]) -> None:
-        missing = [block for block in blocks if block not in self._staged]
-        if not missing:
-            return
-        wanted = set(blocks)
+    def _start_missing(self, blocks: Sequence[KVBlock], missing: Sequence[KVBlock]) -> None:
+        """Start the loads of those of `blocks` that are not staged."""
         surplus = len(missing) - len(self._free) - self.num_reserved
-        # What lies furthest ahead gives way: it is the last to be used.
-        for block in [b for b in reversed(self._staged) if b not in wanted][: max(surplus, 0)]:
-            self.discard(block)
+        if surplus > 0:
+            wanted = set(blocks)
+            # What lies furthest ahead gives way: it is the last to be used.
+            for block in [b for b in reversed(self._staged) if b not in wanted][:surplus]:
+                self.discard(block)
         self._start(missing)
 
     def _wait(self, blocks: Sequence[KVBlock]) -> None:
         """Wait, or let the device wait, for the loads of staged blocks; when one fails none of them
         stays staged."""
-        transfers = [self._staged[block].transfer for block in blocks]
+        transfers = dict.fromkeys([self._staged[block][1] for block in blocks])
         try:
-            if not all(transfer.is_ready() for transfer in transfers):
+            pending = [transfer for transfer in transfers if not transfer.is_ready()]
+            if pending:
                 with span(LOAD_WAIT), self._counters.waiting("load_wait_seconds"):
-                    for transfer in transfers:
+                    for transfer in pending:
                         transfer.hold_device()
             for transfer in transfers:
-                transfer.hold_device()
+                if transfer.has_failed:
+                    transfer.wait()  # raises
         except BaseException:
             for block in blocks:
                 self.discard(block)
@@ -180,26 +181,39 @@ class BlockStream:
 
     def _start(self, blocks: Sequence[KVBlock]) -> None:
         """Start the loads of `blocks`, neighbouring records in one read."""
-        read_bytes = READ_BYTES if self._device.lane is None else LANE_READ_BYTES
-        per_read = max(1, read_bytes // self._device.block_bytes)
+        per_read = self._blocks_per_read()
         for first in range(0, len(blocks), per_read):
-            group: dict[int, list[KVBlock]] = {}
-            for block in blocks[first : first + per_read]:
+            part = blocks[first : first + per_read]
+            sources = [block.slots[DEVICE + 1] for block in part]
+            if None not in sources:
+                self._read(DEVICE + 1, part, sources)  # type: ignore[arg-type]
+                continue
+            by_rung: dict[int, list[KVBlock]] = {}
+            for block in part:
                 rung = block.copy_below(DEVICE)
                 assert rung is not None, f"{block} has no copy below the device"
-                group.setdefault(rung, []).append(block)
-            for rung, members in group.items():
-                self._read(rung, members)
+                by_rung.setdefault(rung, []).append(block)
+            for rung, members in by_rung.items():
+                self._read(rung, members, [block.slots[rung] for block in members])  # type: ignore[misc]
 
-    def _read(self, rung: int, blocks: Sequence[KVBlock]) -> None:
-        for block in blocks:
-            block.stores[rung].wait()  # a copy still being written may not be relied on
-        sources = [slot for block in blocks if (slot := block.slots[rung]) is not None]
-        slots = [self._take_slot() for _ in blocks]
+    def _blocks_per_read(self) -> int:
+        num_bytes = READ_BYTES
+        if self._device.lane is not None:
+            least, most = LANE_READ_BYTES
+            part = self._num_slots * self._device.block_bytes // READS_PER_RING
+            num_bytes = min(max(least, part), most)
+        return max(1, num_bytes // self._device.block_bytes)
+
+    def _read(self, rung: int, blocks: Sequence[KVBlock], sources: Sequence[int]) -> None:
+        """Start one load of blocks that lie in slots `sources` of a rung."""
+        stores = [store for block in blocks if (store := block.stores[rung]) is not DONE]
+        for store in stores:
+            store.wait()  # a copy still being written may not be relied on
+        slots = self._take_slots(len(blocks))
         self._hold_loads(slots)
         issued = perf_counter()
         try:
-            transfer = self._tiers[rung].read(sources, [self._device.block(s) for s in slots])
+            transfer = self._tiers[rung].load(sources, self._device, slots)
         except BaseException:
             self._free += slots
             raise
@@ -209,15 +223,17 @@ class BlockStream:
         if tracing.recorder is not None:
             layers, name = [block.layer for block in blocks], self._tiers[rung].name
             tracing.recorder.watch(LOAD, name, layers, len(blocks), num_bytes, issued, transfer)
-        for block, slot in zip(blocks, slots, strict=True):
-            self._staged[block] = _Staged(slot, transfer)
+        self._staged.update(zip(blocks, zip(slots, repeat(transfer)), strict=True))
 
-    def _take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        slot = self._device.allocate()
-        assert slot is not None, "the device tier gave staging's slots away"
-        return slot
+    def _take_slots(self, count: int) -> list[int]:
+        """Free staging slots, the ones last used first."""
+        slots = self._free[: -count - 1 : -1]
+        del self._free[len(self._free) - len(slots) :]
+        while len(slots) < count:
+            slot = self._device.allocate()
+            assert slot is not None, "the device tier gave staging's slots away"
+            slots.append(slot)
+        return slots
 
     def _hold_loads(self, slots: Sequence[int]) -> None:
         """Make the next loads wait until the device reads the slots no more: until it is past the
@@ -226,6 +242,6 @@ class BlockStream:
         lane = self._device.lane
         if lane is None:
             return
-        marks = {self._last_reads.pop(slot, None) for slot in slots}
+        marks = set(map(self._last_reads.pop, slots, repeat(None)))
         for mark in marks:
             (mark or lane.mark()).hold_loads()

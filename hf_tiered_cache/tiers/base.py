@@ -3,6 +3,8 @@
     allocate  a slot, or None when the budget has no room
     write     store blocks into slots; returns a Transfer
     read      load blocks from slots; returns a Transfer
+    load      the same into slots of a tier in memory
+    advance   take the next steps of transfers that go in several
     free      give a slot back
     drain     wait until no transfer is under way
     keep_only give back every slot but these
@@ -21,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from time import perf_counter
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -194,6 +196,17 @@ class _Ended(NamedTuple):
     ended: float
 
 
+class Memory(Protocol):
+    """Slots that have addresses: a tier in memory."""
+
+    @property
+    def slab(self) -> torch.Tensor:
+        """uint8 `[slots, block_bytes]`, a block a row."""
+
+    def block(self, slot: int) -> torch.Tensor:
+        """A view of the block in `slot`: uint8 `[block_bytes]`."""
+
+
 DONE = Transfer(num_parts=0)
 """A finished transfer, shared by everything that has nothing to wait for."""
 
@@ -240,6 +253,14 @@ class Tier(ABC):
         Raises BlockStateError for a slot that is not allocated or was never written, and
         UnsupportedInputError for a tensor that does not fit, both before anything is read.
         """
+
+    def load(self, slots: Sequence[int], memory: "Memory", targets: Sequence[int]) -> Transfer:
+        """`read` into the slots `targets` of a tier in memory."""
+        return self.read(slots, [memory.block(slot) for slot in targets])
+
+    def advance(self) -> None:  # noqa: B027 - most have no such transfers
+        """Begin the next steps, as far as it is time for them, of transfers that go in several;
+        without this they begin when the transfer is next asked or waited for."""
 
     @abstractmethod
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:

@@ -92,6 +92,28 @@ class CudaLane:
         self._counters.moved_bytes += sum(block.numel() for block in targets)
         return transfer
 
+    def load_rows(
+        self,
+        source: torch.Tensor,
+        rows: Sequence[int],
+        target: torch.Tensor,
+        target_rows: Sequence[int],
+    ) -> Transfer:
+        """Copy rows of pinned memory to rows of the device's, in one call."""
+        if self._core is None:
+            return self.load([source[row] for row in rows], [target[row] for row in target_rows])
+        size = target.stride(0)
+        first, first_target = source.data_ptr(), target.data_ptr()
+        self._counters.moved_bytes += size * len(rows)
+        return self._copy_addresses(
+            self._loads,
+            [first + row * size for row in rows],
+            [first_target + row * size for row in target_rows],
+            [size] * len(rows),
+            is_pinned=True,
+            is_load=True,
+        )
+
     def store(
         self,
         sources: Sequence[torch.Tensor],
@@ -143,22 +165,45 @@ class CudaLane:
         is_pinned: bool,
         is_load: bool,
     ) -> Transfer:
-        begin = self._busy.begin(stream) if is_load else None
         if self._core is not None:
-            directions = self._core.CopyDirection
-            self._core.copy(
-                self._device.index,
-                stream.cuda_stream,
-                [block.data_ptr() for block in targets],
+            return self._copy_addresses(
+                stream,
                 [block.data_ptr() for block in sources],
+                [block.data_ptr() for block in targets],
                 [block.numel() for block in targets],
-                directions.HOST_TO_DEVICE if is_load else directions.DEVICE_TO_HOST,
                 is_pinned,
+                is_load,
             )
-        else:
-            with torch.cuda.stream(stream):
-                for source, target in zip(sources, targets, strict=True):
-                    target.copy_(source, non_blocking=True)
+        begin = self._busy.begin(stream) if is_load else None
+        with torch.cuda.stream(stream):
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+        return self._transfer(stream, begin)
+
+    def _copy_addresses(
+        self,
+        stream: torch.cuda.Stream,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        sizes: Sequence[int],
+        is_pinned: bool,
+        is_load: bool,
+    ) -> Transfer:
+        assert self._core is not None
+        begin = self._busy.begin(stream) if is_load else None
+        directions = self._core.CopyDirection
+        self._core.copy(
+            self._device.index,
+            stream.cuda_stream,
+            targets,
+            sources,
+            sizes,
+            directions.HOST_TO_DEVICE if is_load else directions.DEVICE_TO_HOST,
+            is_pinned,
+        )
+        return self._transfer(stream, begin)
+
+    def _transfer(self, stream: torch.cuda.Stream, begin: torch.cuda.Event | None) -> Transfer:
         if begin is None:
             return CudaTransfer(self, stream.record_event())
         return CudaTransfer(self, self._busy.end(begin, stream))

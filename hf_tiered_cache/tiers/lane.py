@@ -44,6 +44,16 @@ class CopyLane(Protocol):
     ) -> Transfer:
         """Copy host memory to the device; where that is not pinned the CPU may wait for it."""
 
+    def load_rows(
+        self,
+        source: torch.Tensor,
+        rows: Sequence[int],
+        target: torch.Tensor,
+        target_rows: Sequence[int],
+    ) -> Transfer:
+        """`load` from rows of pinned memory into rows of the device's, uint8 `[slots, block_bytes]`
+        both, as many of one as of the other."""
+
     def store(
         self,
         sources: Sequence[torch.Tensor],

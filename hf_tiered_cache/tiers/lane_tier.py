@@ -10,7 +10,7 @@ import torch
 
 from hf_tiered_cache.errors import ConfigError
 from hf_tiered_cache.sizes import format_bytes
-from hf_tiered_cache.tiers.base import Tier, Transfer, check_blocks
+from hf_tiered_cache.tiers.base import Memory, Tier, Transfer, check_blocks
 from hf_tiered_cache.tiers.host import HostTier
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.relay import Joint, Relay
@@ -127,9 +127,7 @@ class LaneTier(Tier):
         if not out or not self._lane.carries(out[0]):
             return self.tier.read(slots, out)
         check_blocks(slots, out, self.block_bytes)
-        for slot in slots:
-            if slot in self._writers:
-                self._writers.pop(slot).outlast()
+        self._end_writes(slots)
         pinned = self._pinned(slots)
         if pinned is not None:
             transfer = self._lane.load(pinned, out)
@@ -144,6 +142,10 @@ class LaneTier(Tier):
             )
 
         return self._in_parts(len(slots), load)
+
+    def advance(self) -> None:
+        """Begin the second steps that can begin; see `Tier.advance`."""
+        self._ring.advance()
 
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
         """Store blocks that lie on the device, or in memory of the CPU; see `Tier.write`."""
@@ -207,6 +209,12 @@ class LaneTier(Tier):
         self._lane.settle()
         self._ring.close()
 
+    def _end_writes(self, slots: Sequence[int]) -> None:
+        """Wait until the slots hold what was last stored there."""
+        if not self._writers.keys().isdisjoint(slots):
+            for slot in self._writers.keys() & set(slots):
+                self._writers.pop(slot).outlast()
+
     def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:
         """The blocks of the slots, if the lane can copy them as they lie."""
         return None
@@ -232,8 +240,22 @@ class HostLaneTier(LaneTier):
         """A view of the block in `slot`: uint8 `[block_bytes]`."""
         return self.tier.block(slot)
 
+    def load(self, slots: Sequence[int], memory: Memory, targets: Sequence[int]) -> Transfer:
+        """Load blocks into slots of a tier in memory, in one copy where they lie in pinned memory;
+        see `Tier.load`."""
+        if not slots or not self._lane.carries(memory.slab) or not self._are_pinned(slots):
+            return super().load(slots, memory, targets)
+        self.check_allocated(slots)
+        self._end_writes(slots)
+        transfer = self._lane.load_rows(self.slab, slots, memory.slab, targets)
+        self.keep(slots, transfer)
+        return transfer
+
     def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:
-        return self.tier.blocks(slots) if all(map(self.tier.is_pinned, slots)) else None
+        return self.tier.blocks(slots) if self._are_pinned(slots) else None
+
+    def _are_pinned(self, slots: Sequence[int]) -> bool:
+        return self.tier.is_pinned(max(slots))  # memory is pinned from the first slot on
 
 
 def behind_lane(tier: Tier, lane: CopyLane, ring: BounceRing) -> LaneTier:

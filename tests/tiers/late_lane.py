@@ -194,6 +194,9 @@ class LateLane:
     def mark(self) -> LateMark:
         return LateMark(self.device)
 
+    def load_rows(self, source, rows, target, target_rows) -> Transfer:
+        return self.load([source[row] for row in rows], [target[row] for row in target_rows])
+
     def load(self, sources, targets, is_pinned=True) -> Transfer:
         self.num_loads += len(sources)
         sources, targets = list(sources), list(targets)

@@ -13,7 +13,8 @@ BLOCK = 4096
 RING = 2 * BLOCK
 SIZES = {
     "host": {"host_bytes": 1000 * BLOCK, "disk_bytes": 0},
-    "host and disk": {"host_bytes": RING + 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+    "host and disk": {"host_bytes": 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+    "disk": {"host_bytes": 0, "disk_bytes": 1000 * BLOCK},
 }
 
 
@@ -23,6 +24,7 @@ SIZES = {
         (True, "host", 0.5),
         (True, "host", "auto"),
         (True, "host and disk", 0),
+        (True, "disk", "auto"),
         (False, "host", "auto"),
         (False, "host and disk", 0.5),
     ],

@@ -330,6 +330,11 @@ class KVBlockManager:
         self._tables.discard(table)
         return dropped
 
+    def forget_places(self) -> None:
+        """Keep no view of memory that is about to go."""
+        for table in self.tables:
+            table.placement = None
+
     def mend(self) -> list[KVBlock]:
         """Make good what an interrupt left half done, once no transfer is under way: of every table
         the rows and their number of tokens count, everything else follows from them.

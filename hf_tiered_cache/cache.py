@@ -52,7 +52,8 @@ class TieredCache(DynamicCache):
             they need, and a budget that is too small is found at the first token.
         device_bytes: on each compute device, blocks and staging together. Sizes are int bytes,
             "4GiB", "1.5GB" or "auto", a share of what is free.
-        host_bytes: of host memory between device and disk; 0: none. "auto": none on the CPU.
+        host_bytes: of host memory between device and disk; 0: none. "auto": none on the CPU. What
+            passes between a GPU and the disk takes up to 64 MiB of pinned memory beside it.
         disk_bytes: of the disk tier; 0: none.
         disk_dir: its folder; default: $HF_TIERED_CACHE_DIR, else <HF_HOME>/tiered_cache.
         disk_io: "direct" past the page cache, "buffered" through it, or "auto".

@@ -39,7 +39,8 @@ class TieredCacheConfig:
     device_bytes: int | str = AUTO
     # Bytes of host memory between device and disk; 0: none. "auto" means none where the device is
     # the CPU: one memory needs no second tier. A size makes one there too, which pays where
-    # device_bytes are in faster memory (another NUMA node, CXL), and for tests.
+    # device_bytes are in faster memory (another NUMA node, CXL), and for tests. Not counted in it:
+    # up to 64 MiB of pinned memory for blocks of each shape that pass between a GPU and the disk.
     host_bytes: int | str = AUTO
     # Bytes of the disk tier; 0 switches it off.
     disk_bytes: int | str = AUTO

@@ -43,7 +43,9 @@ logger = logging.get_logger(__name__)
 STAGING_BYTES = 16 * 1024 * 1024
 # A GPU's link carries this much in a few milliseconds, about the time of one token's other work.
 LANE_STAGING_BYTES = 256 * 1024 * 1024
-BOUNCE_BYTES = 64 * 1024 * 1024  # pinned, for disk records on their way to and from a GPU
+# Pinned, for what passes between a GPU and the disk, or pageable memory: at most this for blocks of
+# one shape on one device (or two blocks), whatever host_bytes says.
+BOUNCE_BYTES = 64 * 1024 * 1024
 PAGE_CACHE_SHARE = 0.25  # of free memory, for what of the disk tier goes through the page cache
 MIN_STAGING_BLOCKS = 2  # one is attended while one loads
 
@@ -61,6 +63,7 @@ class ManagerPool:
         self._expected_tables = expected_tables
         self._host = Budget("host", self.budgets.host_bytes)
         self._disk = Budget("disk", self.budgets.disk_bytes)
+        self._bounce = Budget("bounce", 0)  # grows by a ring for each manager behind a lane
         self._places: dict[torch.device, _Place] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
         self._owners: dict[int, Mapping[int, _Owned]] = {}  # by identity
@@ -163,11 +166,11 @@ class ManagerPool:
 
     def _bounce_ring(self, layout: BlockLayout, device: torch.device, staging: int) -> BounceRing:
         slots = max(MIN_STAGING_BLOCKS, min(staging, BOUNCE_BYTES // layout.num_bytes))
+        self._bounce.limit_bytes += slots * layout.num_bytes
         memory = HostTier(
             layout.num_bytes,
-            self._host,
+            self._bounce,
             pinning=devices.pinning(device),
-            slab_bytes=slots * layout.num_bytes,
             near=devices.cpus_near(device),
         )
         return BounceRing(memory, slots)
@@ -206,7 +209,8 @@ class ManagerPool:
         return total
 
     def tier_stats(self) -> tuple[TierStats, ...]:
-        """One row per device, then the host's memory where it is used, then the disk."""
+        """One row per device, then the host's memory where it is used, then the disk; then what
+        passes between a device and the disk, whose blocks are counted where they stay."""
         budgets = self.budgets
         rows = []
         for device, place in self._places.items():
@@ -226,6 +230,8 @@ class ManagerPool:
             disks = [tier for tier in lower if isinstance(tier, DiskTier)]
             where = str(self.disk_dir)
             rows.append(_tier_stats("disk", disks, self._disk, budgets.disk_is_auto, where))
+        if self._bounce.limit_bytes:
+            rows.append(_tier_stats("bounce", [], self._bounce, False, "host memory, passing"))
         return tuple(rows)
 
     def lane_stats(self) -> tuple[LaneStats, ...]:

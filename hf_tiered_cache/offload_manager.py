@@ -619,6 +619,7 @@ class OffloadManager:
         here: garbage collection may call this from one of their threads.
         """
         self._is_closed = True
+        self.blocks.forget_places()
         for tier in reversed(self.tiers):
             tier.close()
 

@@ -125,6 +125,7 @@ def fake_gpu(has_core: bool = True) -> Iterator[FakeGpu]:
             (torch.cuda, "Stream", FakeStream),
             (torch.cuda, "Event", FakeEvent),
             (torch.cuda, "current_stream", lambda _device: gpu.stream),
+            (torch.cuda, "synchronize", lambda _device: gpu.stream.synchronize()),
             (torch, "zeros", unpinned_zeros),
             (devices, "copy_lane", gpu.make_lane),
             (devices, "cpu_lane", gpu.make_cpu_lane),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fake_cuda import GPU, FakeEvent, FakeStream, fake_gpu
 from test_generate_parity import SMALLEST, check_integrity, run, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
 from hf_tiered_cache.kernels import flash
@@ -13,7 +14,8 @@ BLOCK = 4096
 RING = 2 * BLOCK
 SIZES = {
     "host": {"host_bytes": 1000 * BLOCK, "disk_bytes": 0},
-    "host and disk": {"host_bytes": RING + 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+    "host and disk": {"host_bytes": 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+    "disk": {"host_bytes": 0, "disk_bytes": 1000 * BLOCK},
 }
 
 
@@ -23,6 +25,7 @@ SIZES = {
         (True, "host", 0.5),
         (True, "host", "auto"),
         (True, "host and disk", 0),
+        (True, "disk", "auto"),
         (False, "host", "auto"),
         (False, "host and disk", 0.5),
     ],
@@ -54,6 +57,23 @@ def test_tokens_are_those_of_a_dynamic_cache(make_cache, sizes, cpu_share, has_c
         assert not gpu.pinning.pinned
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_nobody_holds_the_memory_of_a_closed_cache(make_cache, sizes):
+    """Memory of a GPU goes when the last view of it has gone."""
+    with fake_gpu() as gpu:
+        model = tiny_model("Llama")
+        cache = make_cache(model.config, SMALLEST[1], **SIZES[sizes], staging_bytes=RING)
+        run(model, cache)
+        (manager,) = cache._owned.pool.managers
+        slab = StorageWeakRef(manager.device_tier.slab.untyped_storage())
+        keys = cache.layers[0].keys
+        cache.close()
+        assert gpu.stream.seen[-1] == ("synchronize", None), "a user's stream may be attending"
+        gpu.slabs.clear()
+        assert slab.expired()
+        assert keys.shape[1] == 2
+
+
 def test_bits_do_not_depend_on_budgets_on_the_copy_lane(make_cache):
     model = tiny_model("GPT2")
     bits = None
@@ -67,7 +87,8 @@ def test_bits_do_not_depend_on_budgets_on_the_copy_lane(make_cache):
             cache.close()
 
 
-def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch):
+@pytest.mark.parametrize("sizes", ["host", "disk"])
+def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch, sizes):
     """Prefill goes to flash attention as on a GPU, whatever of the past is cold."""
     from hf_tiered_cache import devices
     from hf_tiered_cache.kernels import ops
@@ -92,9 +113,7 @@ def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch):
     bits = None
     with fake_gpu():
         for device_blocks in (200, 2 * 16 + 3):
-            cache = make_cache(
-                model.config, device_blocks, host_bytes=1000 * BLOCK, disk_bytes=0, cpu_share=0
-            )
+            cache = make_cache(model.config, device_blocks, **SIZES[sizes], cpu_share=0)
             tokens, logits = run(model, cache, ids, prefill_chunk_size=50)
             assert torch.equal(tokens, expected)
             bits = logits if bits is None else bits

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from hf_tiered_cache import block_reader, devices
 from hf_tiered_cache.cpu_lane import CpuLane
-from hf_tiered_cache.errors import ConfigError, TierIOError
+from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.tiers import DiskTier, Transfer
 from hf_tiered_cache.tiers.base import io_error
 
@@ -54,8 +54,8 @@ class Late:
 
 SIZES = {
     "host": {"host_bytes": 1000 * BLOCK, "disk_bytes": 0},
-    "disk": {"host_bytes": RING, "disk_bytes": 1000 * BLOCK},
-    "host and disk": {"host_bytes": RING + 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
+    "disk": {"host_bytes": 0, "disk_bytes": 1000 * BLOCK},
+    "host and disk": {"host_bytes": 5 * BLOCK, "disk_bytes": 1000 * BLOCK},
 }
 
 
@@ -142,10 +142,18 @@ def test_the_shares_follow_the_waits(make_cache, monkeypatch):
         cache.close()
 
 
-def test_a_ring_that_does_not_fit_is_refused_by_the_name_of_the_knob(make_cache):
+@pytest.mark.parametrize("host_blocks", [0, 1])
+def test_what_passes_between_device_and_disk_has_a_small_budget_of_its_own(make_cache, host_blocks):
     model = tiny_model("Llama")
-    with Late(), pytest.raises(ConfigError, match=r"host_bytes=4096: .* raise host_bytes"):
-        generate(make_cache, model, host_bytes=BLOCK)
+    knobs = {"host_bytes": host_blocks * BLOCK, "disk_bytes": 1000 * BLOCK}
+    with Late():
+        _, _, cache = generate(make_cache, model, **knobs)
+        tiers = {tier.name: tier for tier in cache.stats().tiers}
+        assert ("host" in tiers) == bool(host_blocks)
+        assert tiers["bounce"].used_bytes == tiers["bounce"].budget_bytes == RING
+        assert "bounce" in str(cache.stats())
+        cache.close()
+        assert cache._owned.pool._bounce.used_bytes == 0
 
 
 def test_a_failed_read_on_the_way_to_the_device_is_told_and_leaves_the_cache_usable(

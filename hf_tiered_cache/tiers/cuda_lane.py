@@ -136,6 +136,11 @@ class CudaLane:
         self._loads.synchronize()
         self._stores.synchronize()
 
+    def settle_device(self) -> None:
+        """Wait for every stream: a user's own may attend what torch's allocator, which knows only
+        the stream that the memory was made on, would give to others at once."""
+        torch.cuda.synchronize(self._device)
+
     def measure(self) -> LaneCounters:
         """The totals so far, as far as the device is through with them."""
         self._counters.busy_seconds = self._busy.seconds()

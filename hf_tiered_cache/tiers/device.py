@@ -59,9 +59,11 @@ class DeviceTier(MemoryTier, name="device"):
             self.lane.settle()
 
     def close(self) -> None:
-        """Return the memory at once, even while views of the slab are alive (they read zeros)."""
+        """Return the memory: on the CPU at once, even while views of the slab are alive (they read
+        zeros); that of another device once it has come to the end of its work and the last view
+        has gone, to torch's allocator."""
         if self.lane is not None:
-            self.lane.settle()
+            self.lane.settle_device()
         self._give_back()
         self._pool.close()
 

@@ -65,6 +65,9 @@ class CopyLane(Protocol):
     def settle(self) -> None:
         """Wait until no copy is under way: the memory may go."""
 
+    def settle_device(self) -> None:
+        """Wait until the device is done with all that anybody gave it: its memory may go."""
+
     def probe(self, pinned: Sequence[torch.Tensor], target: torch.Tensor) -> float:
         """Bytes per second that blocks take to the device, from a few short copies into `target`,
         which nobody uses."""

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from hf_tiered_cache.errors import ConfigError
-from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.tiers.base import Memory, Tier, Transfer, check_blocks
 from hf_tiered_cache.tiers.host import HostTier
 from hf_tiered_cache.tiers.lane import CopyLane
@@ -20,7 +18,8 @@ class BounceRing:
     """Slots of `memory` that blocks pass through, given back when their transfer has ended."""
 
     def __init__(self, memory: HostTier, num_slots: int) -> None:
-        """Takes the slots at once. Raises ConfigError, naming the knob, when they do not fit."""
+        """Takes the slots, for which the memory's budget has room, at once. Raises TierIOError when
+        the system has no memory."""
         self._memory = memory
         # Those that may still hold slots, in order of their start. All others are free: that is
         # worked out and not kept, so that no interrupt can hand out a slot twice.
@@ -28,13 +27,6 @@ class BounceRing:
         self.num_slots = num_slots
         for number in range(num_slots):
             slot = memory.allocate()
-            if slot is None:
-                size = num_slots * memory.block_bytes
-                raise ConfigError(
-                    f"host_bytes={memory.budget.limit_bytes}: at least {size} "
-                    f"({format_bytes(size)}) of pinned memory are needed for what passes between "
-                    "the device and the disk: raise host_bytes, or lower staging_bytes"
-                )
             assert slot == number, "the ring has its memory for itself"
 
     def pass_through(

@@ -63,6 +63,11 @@ class Relay(Transfer):
             error = io_error(None, f"cannot go on with a transfer that was interrupted: {failure}")
             error.__cause__ = failure
         self.end_part(error)
+        self._begin_second = _already_begun  # memory that the other one knew is held no more
+
+
+def _already_begun() -> Transfer:
+    raise AssertionError("a relay that has ended begins nothing")
 
 
 class Joint(Transfer):

@@ -1,5 +1,7 @@
 """A device or a host that says no: a clear error, or a slower way, and a usable process."""
 
+import gc
+
 import pytest
 import torch
 from gpu.models import generate, least_bytes, model_on, prompt_on
@@ -79,9 +81,13 @@ def test_pinning_that_raises_is_told(make_cache, gpu, monkeypatch):
 
 
 def test_closing_returns_the_memory_of_the_device(make_cache, gpu):
+    """Its slab, which is as large as the budget from the first tokens on, whoever refers to the
+    cache; a handle on keys that somebody still holds cannot be read any more, and keeps nothing."""
+    gc.collect()  # slabs of caches in cycles of garbage would go meanwhile
     before = torch.cuda.memory_allocated(gpu)
     cache = make_cache(None, None, device_bytes="256MiB", **HOST)
-    cache.update(*torch.randn(2, 1, 2, 8, 8, device=gpu).unbind(0), 0)
-    assert torch.cuda.memory_allocated(gpu) >= before + (200 << 20)
+    keys, _ = cache.update(*torch.randn(2, 1, 2, 8, 8, device=gpu).unbind(0), 0)
+    assert torch.cuda.memory_allocated(gpu) >= before + (256 << 20)
     cache.close()
+    assert keys.shape == (1, 2, 8, 8)
     assert torch.cuda.memory_allocated(gpu) <= before + (1 << 20)

@@ -118,7 +118,7 @@ def test_blocks_that_come_and_go_under_a_busy_stream(make_cache, device):
 
     stream = BusyStream(device)
     dense = DynamicCache()
-    cache = make_cache(None, None, device_bytes=60 * BLOCK_BYTES, host_bytes="64MiB")
+    cache = make_cache(None, None, device_bytes=80 * BLOCK_BYTES, host_bytes="64MiB")
     for step in range(60):
         count = draw(1, 60) if step % 3 == 0 else 1
         for layer in range(2):

@@ -231,6 +231,9 @@ class LateLane:
         while self.device.go_on():
             pass
 
+    def settle_device(self) -> None:
+        self.settle()
+
     def probe(self, pinned, target) -> float:
         self.counters.probed_rate = 1e9
         return 1e9

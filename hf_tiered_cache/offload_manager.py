@@ -1,10 +1,7 @@
 """Tokens come in, blocks go down: `OffloadManager`.
 
-Exact decode reads every block of every layer once per token, in layer order. Against such a
-cyclic scan LRU hits nothing, so placement is by age: the newest blocks stay on the device, the
-same share in every layer, older ones lie one rung down, and the oldest on the last rung (`stores`
-takes them there, `capacity` says what fits). Blocks never go up but through staging
-(`block_reader`).
+A full block is immutable. Which ones leave a rung says a policy (`demotion`), `stores` takes them
+down, `capacity` says what fits. Blocks never go up but through staging (`block_reader`).
 
 One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
 it; `lock` is held by whoever moves or reads blocks.
@@ -21,6 +18,7 @@ from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockMa
 from hf_tiered_cache.block_reader import BlockReader
 from hf_tiered_cache.capacity import Capacity
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.demotion import ByAge, DemotionPolicy
 from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
 from hf_tiered_cache.kernels import checks, ops
 from hf_tiered_cache.lane_split import STAGE_ALL, LaneSplit
@@ -53,9 +51,10 @@ class OffloadManager:
         cpu_lane: CpuLane | None = None,
         group_columns: int = 1,
         lock: "threading.RLock | None" = None,
+        demotion: DemotionPolicy | None = None,
     ) -> None:
         """split, cpu_lane, group_columns: see `BlockReader`. lock: one for all that share a device,
-        of its own where none is given."""
+        of its own where none is given. demotion: by age where none is given."""
         device = tiers[DEVICE]
         memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
         assert isinstance(device, DeviceTier)
@@ -69,7 +68,9 @@ class OffloadManager:
         self._capacity = Capacity(
             layout, tiers, self.blocks, self._stream, staging_slots, group_columns, expected_tables
         )
-        self.stores = Stores(tiers, memory, self.blocks, self._capacity, self.counters)
+        self.stores = Stores(
+            tiers, memory, self.blocks, self._capacity, demotion or ByAge(), self.counters
+        )
         self._reader = BlockReader(
             self.blocks, layout, memory, self._stream, self.counters, split, cpu_lane, group_columns
         )

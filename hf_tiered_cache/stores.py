@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 
 from hf_tiered_cache import tracing
-from hf_tiered_cache.block_manager import DEVICE, KVBlock, KVBlockManager
+from hf_tiered_cache.block_manager import DEVICE, KVBlock, KVBlockManager, Waiting
 from hf_tiered_cache.capacity import Capacity
-from hf_tiered_cache.errors import TierIOError
+from hf_tiered_cache.demotion import DemotionPolicy
+from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.tiers.base import DONE, Tier
 from hf_tiered_cache.tiers.lane_tier import HostLaneTier
@@ -34,6 +35,7 @@ class Stores:
         memory: Sequence[MemoryTier | HostLaneTier],
         blocks: KVBlockManager,
         capacity: Capacity,
+        policy: DemotionPolicy,
         counters: Counters,
     ) -> None:
         assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
@@ -41,12 +43,13 @@ class Stores:
         self._memory = memory
         self._blocks = blocks
         self._capacity = capacity
+        self._policy = policy
         self._counters = counters
         # That nobody waited for yet, by rung, in order of their start.
         self._under_way: list[dict[KVBlock, None]] = [{} for _ in tiers]
 
     def make_room(self, num_blocks: int, rung: int = DEVICE) -> None:
-        """Demote the oldest blocks of a rung until `num_blocks` slots of it are free.
+        """Demote blocks of a rung, as the policy chooses, until `num_blocks` slots of it are free.
 
         Raises OutOfBlocksError when everything left there must stay, TierIOError when a store
         failed (the block stays where it is).
@@ -54,7 +57,7 @@ class Stores:
         while self._capacity.num_free(rung) < num_blocks:
             block = None
             if rung < self._capacity.last_rung:
-                block = self._blocks.next_to_demote(self._capacity.num_below(rung) > 0, rung)
+                block = self._next_to_demote(rung, self._capacity.num_below(rung) > 0)
             if block is None:
                 raise self._capacity.out_of_blocks(num_blocks)
             copy = block.copy_below(rung)
@@ -77,7 +80,7 @@ class Stores:
                 self._capacity.num_free(rung) + self._blocks.num_clean_on(rung) < num_blocks
                 and (target := self._capacity.rung_below(rung)) is not None
                 and len(self._under_way[target]) < MAX_STORES
-                and (block := self._blocks.next_to_store(rung)) is not None
+                and (block := self._next_to_store(rung)) is not None
                 and block.stores[rung].is_ready()
                 and self._has_room_now(target)
             ):
@@ -106,13 +109,34 @@ class Stores:
         for under_way in self._under_way:
             under_way.clear()
 
+    def _next_to_demote(self, rung: int, may_store: bool) -> KVBlock | None:
+        waiting = self._blocks.waiting[rung]
+        block = self._policy.next_to_demote(waiting, may_store)
+        if block is not None and not (may_store and block in waiting.dirty[block.layer]):
+            self._check_choice(block in waiting.clean[block.layer], block, waiting)
+        return block
+
+    def _next_to_store(self, rung: int) -> KVBlock | None:
+        waiting = self._blocks.waiting[rung]
+        block = self._policy.next_to_store(waiting)
+        if block is not None:
+            self._check_choice(block in waiting.dirty[block.layer], block, waiting)
+        return block
+
+    def _check_choice(self, is_lawful: bool, block: KVBlock, waiting: Waiting) -> None:
+        if not is_lawful:
+            raise BlockStateError(
+                f"the demotion policy {type(self._policy).__name__} chose {block}, which cannot"
+                f" leave rung {waiting.rung} now: it may choose among what `waiting` holds"
+            )
+
     def _has_room_now(self, rung: int) -> bool:
         """Whether a slot of a lower rung is free, or can be made so without a wait."""
         if self._capacity.num_free(rung) > 0:
             return True
         if rung == self._capacity.last_rung:
             return False
-        block = self._blocks.next_to_demote(may_store=False, rung=rung)
+        block = self._next_to_demote(rung, may_store=False)
         copy = None if block is None else block.copy_below(rung)
         return block is not None and copy is not None and block.stores[copy].is_ready()
 

@@ -31,6 +31,8 @@ FLOORS = {
     "cpu_lane": 5,
     "stream": 6,
     "devices": 6,
+    "registry": 1,
+    "demotion": 6,
     "capacity": 7,
     "block_reader": 7,
     "read_only": 1,

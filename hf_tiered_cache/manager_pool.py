@@ -22,6 +22,7 @@ from hf_tiered_cache.config import (
     free_memory_bytes,
 )
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.errors import ClosedCacheError
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.lane_split import LaneSplit
@@ -53,11 +54,13 @@ class ManagerPool:
     Owners are the caches that share blocks: one and its forks.
 
     `expected_tables`: layers that will be kept in blocks, where the model's config told it, else 0.
+    Raises ConfigError for a config that cannot be had here.
     """
 
     def __init__(self, config: TieredCacheConfig, expected_tables: int = 0) -> None:
         self.config = config
         self.budgets = Budgets.resolve(config, device_is_host=not devices.has_accelerator())
+        self._demotion = DemotionPolicy.by_name(config.demotion)
         self._expected_tables = expected_tables
         self._host = Budget("host", self.budgets.host_bytes)
         self._disk = Budget("disk", self.budgets.disk_bytes)
@@ -125,6 +128,7 @@ class ManagerPool:
             cpu_lane=place.cpu_lane,
             group_columns=devices.group_columns(layout, device),
             lock=place.lock,
+            demotion=self._demotion(),
         )
         for (_, where), other in self._managers.items():
             if where == device:

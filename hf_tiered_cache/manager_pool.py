@@ -43,6 +43,7 @@ logger = logging.get_logger(__name__)
 # 4); twice that keeps it busy while one half is attended.
 STAGING_BYTES = 16 * 1024 * 1024
 # A GPU's link carries this much in a few milliseconds, about the time of one token's other work.
+STAGING_SHARE = 0.25  # of the device's budget, at most
 LANE_STAGING_BYTES = 256 * 1024 * 1024
 BOUNCE_BYTES = 64 * 1024 * 1024  # pinned, for disk records on their way to and from a GPU
 PAGE_CACHE_SHARE = 0.25  # of free memory, for what of the disk tier goes through the page cache
@@ -200,7 +201,7 @@ class ManagerPool:
         if self.config.staging_bytes != AUTO:
             return int(self.config.staging_bytes)
         most = STAGING_BYTES if place.lane is None else LANE_STAGING_BYTES
-        return min(most, place.budget.limit_bytes // 4)
+        return min(most, int(place.budget.limit_bytes * STAGING_SHARE))
 
     def counters(self) -> Counters:
         """The totals of all managers."""

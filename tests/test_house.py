@@ -16,6 +16,8 @@ ROOT = Path(hf_tiered_cache.__file__).parent
 FLOORS = {
     "errors": 0,
     "compat": 1,
+    "compiled": 1,
+    "trace_export": 1,
     "forwards": 1,
     "forward_guard": 2,
     "sizes": 1,
@@ -40,6 +42,7 @@ FLOORS = {
     "offload_manager": 9,
     "manager_pool": 10,
     "paged_states": 10,
+    "mask_reading": 10,
     "dense_attention": 10,
     "attention": 11,
     "registration": 12,

@@ -13,8 +13,6 @@ transformers' signatures as of 5.17 to 5.23 (`modeling_utils.AttentionInterface`
 """
 
 import functools
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_tiered_cache import forwards
+from hf_tiered_cache import forwards, mask_reading
 from hf_tiered_cache.dense_attention import explicit_mask, textbook_attention
-from hf_tiered_cache.kernels import masks, ops
+from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.metrics import span
 from hf_tiered_cache.paged_states import PagedStates, RefuseBackward, Snapshot
 from hf_tiered_cache.tracing import ATTEND, ATTENTION, MERGE
@@ -129,9 +127,9 @@ def _attend(
         if causal:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     elif attention_mask.dim() == 2:
-        starts, mask = _once(_padding, attention_mask)
+        starts, mask = mask_reading.padding(attention_mask)
     elif attention_mask.dtype == torch.bool:
-        starts, mask = _once(_causal_mask, attention_mask, batch, query_start, kv_tokens)
+        starts, mask = mask_reading.boolean(attention_mask, batch, query_start, kv_tokens)
         causal = mask is None  # else the mask says it all
     else:
         bias = attention_mask if bias is None else bias + attention_mask
@@ -283,54 +281,6 @@ def _can_stream(
 def _is_autocast(query: torch.Tensor) -> bool:
     """Whether autocast decides in which dtype this query is attended: it leaves float64 alone."""
     return torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
-
-
-def _padding(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A 2-D padding mask as (starts, mask): left padding as the first attended position of each
-    row, anything else as a boolean mask `[batch, 1, 1, kv_tokens]`."""
-    mask = mask.bool()
-    starts = mask.int().argmax(dim=1)
-    if bool((mask.sum(dim=1) == mask.shape[1] - starts).all()):
-        return (starts.int(), None) if bool(starts.any()) else (None, None)
-    return None, mask[:, None, None, :]
-
-
-def _causal_mask(
-    mask: torch.Tensor, batch: int, query_start: int, kv_tokens: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A dense boolean mask as (starts, None) where causality and left padding say the same, else
-    (None, mask)."""
-    starts = masks.causal_starts(mask, query_start, kv_tokens)
-    if starts is None:
-        return None, mask
-    return (starts.expand(batch).contiguous(), None) if bool(starts.any()) else (None, None)
-
-
-class _SeenMask(threading.local):
-    """The mask that this thread read last, and what was found."""
-
-    mask: weakref.ref[torch.Tensor] | None = None
-    facts: tuple[int, ...] = ()
-    answer: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-
-
-_seen = _SeenMask()
-
-
-def _once(
-    read: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]],
-    mask: torch.Tensor,
-    *arguments: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`read(mask, *arguments)`, kept for the next layer: all of a forward bring the same mask, and
-    to look into one waits for the device."""
-    if mask.is_inference():  # these do not count their changes
-        return read(mask, *arguments)
-    facts = (mask._version, *arguments)
-    if _seen.mask is None or _seen.mask() is not mask or _seen.facts != facts:
-        _seen.answer = read(mask, *arguments)
-        _seen.mask, _seen.facts = weakref.ref(mask), facts
-    return _seen.answer
 
 
 def _dense(states: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ count; only a filling block is ever copied, and only when a sharer writes.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from hf_tiered_cache.tiers.base import DONE, Transfer
 DEVICE = 0  # rung of the device tier; larger rungs lie lower
 HOST = 1  # rung of the host tier, where there is one
 
-_Queue = OrderedDict["KVBlock", None]
+Queue = OrderedDict["KVBlock", None]
 
 
 class KVBlock:
@@ -84,6 +84,30 @@ class KVBlock:
 
     def __repr__(self) -> str:
         return f"KVBlock(layer={self.layer}, index={self.index}, slots={self.slots})"
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """The full blocks on a rung that may leave it, by layer, in the order in which they came."""
+
+    rung: int
+    dirty: dict[int, Queue] = field(default_factory=dict)  # no copy below
+    clean: dict[int, Queue] = field(default_factory=dict)  # a copy below exists or is under way
+
+    def __contains__(self, block: KVBlock) -> bool:
+        return block in self.dirty[block.layer] or block in self.clean[block.layer]
+
+    def __iter__(self) -> Iterator[KVBlock]:
+        for queue in (*self.dirty.values(), *self.clean.values()):
+            yield from queue
+
+    @property
+    def num_dirty(self) -> int:
+        return sum(map(len, self.dirty.values()))
+
+    @property
+    def num_clean(self) -> int:
+        return sum(map(len, self.clean.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,8 +224,8 @@ class KVBlockManager:
 
     `num_tiers` counts the device. Every change of a block's address goes through `move`; it, and
     every change of who shares a block, makes the placements of its layer stale. On every rung but
-    the last, full blocks that have a copy there are queued for demotion, oldest first, as *dirty*
-    (no copy below) or *clean* (a copy below exists or is under way).
+    the last (where there is one alone, on that), full blocks that have a copy there are `waiting`
+    for demotion; whose turn it is says a `DemotionPolicy`.
     """
 
     def __init__(self, num_tiers: int) -> None:
@@ -209,17 +233,15 @@ class KVBlockManager:
         self.changing = Changing()
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._versions: dict[int, int] = {}
-        num_queues = max(1, num_tiers - 1)
-        # By rung and layer.
-        self._dirty: list[dict[int, _Queue]] = [{} for _ in range(num_queues)]
-        self._clean: list[dict[int, _Queue]] = [{} for _ in range(num_queues)]
+        self.waiting = tuple(Waiting(rung) for rung in range(max(1, num_tiers - 1)))
 
     def new_table(self, layer: int, layout: BlockLayout, batch: int) -> BlockTable:
         """An empty table of `batch` rows."""
         table = BlockTable(layer, layout, [[] for _ in range(batch)], self.changing)
         self._tables.add(table)
-        for queues in (*self._dirty, *self._clean):
-            queues.setdefault(layer, OrderedDict())
+        for waiting in self.waiting:
+            waiting.dirty.setdefault(layer, OrderedDict())
+            waiting.clean.setdefault(layer, OrderedDict())
         return table
 
     def append_block(self, table: BlockTable, row: int, slot: int) -> KVBlock:
@@ -240,7 +262,7 @@ class KVBlockManager:
         if first_full == last_full:
             return []
         full = list(table.blocks(first_full, last_full))
-        self._dirty[DEVICE][table.layer].update(dict.fromkeys(full))
+        self.waiting[DEVICE].dirty[table.layer].update(dict.fromkeys(full))
         return full
 
     def move(self, block: KVBlock, tier: int, slot: int | None) -> int | None:
@@ -251,7 +273,7 @@ class KVBlockManager:
             self._touch(block.layer)
         if slot is None:
             self._unqueue(block, tier)
-        elif DEVICE < tier < len(self._dirty):
+        elif DEVICE < tier < len(self.waiting):
             self._queue(block, tier)
         for rung in range(tier):
             self._requeue(block, rung)
@@ -259,9 +281,7 @@ class KVBlockManager:
 
     def is_demotable(self, block: KVBlock) -> bool:
         """The block waits in the device's queue of demotion: it is full and resident."""
-        return (
-            block in self._dirty[DEVICE][block.layer] or block in self._clean[DEVICE][block.layer]
-        )
+        return block in self.waiting[DEVICE]
 
     def start_filling(self, block: KVBlock) -> None:
         """Take a block out of the device's queue of demotion: tokens will be written into it."""
@@ -352,13 +372,13 @@ class KVBlockManager:
                     held[block] = held.get(block, 0) + 1
                 full.update(row[: table.num_tokens // table.layout.block_tokens])
             table.placement = None
-        for queues in (*self._dirty, *self._clean):
-            for queue in queues.values():
+        for waiting in self.waiting:
+            for queue in (*waiting.dirty.values(), *waiting.clean.values()):
                 queue.clear()
         for block in sorted(held, key=lambda block: block.index):
             block.ref_count = held[block]
             block.settle_stores()
-            for rung in range(len(self._dirty)):
+            for rung in range(len(self.waiting)):
                 # One that fills is demoted only if it was full before, and was stored then.
                 may_leave = rung > DEVICE or block in full or block.is_stored
                 if block.slots[rung] is not None and may_leave:
@@ -372,39 +392,23 @@ class KVBlockManager:
             table.placement = self._place(table, version)
         return table.placement
 
-    def next_to_demote(self, may_store: bool, rung: int = DEVICE) -> KVBlock | None:
-        """The full block to leave a rung next: the oldest of its layer, or of those with a copy
-        below, if there are such; only those unless `may_store`."""
-        dirty, clean = self._dirty[rung], self._clean[rung]
-        heads = [
-            _oldest(clean[layer]) or _oldest(dirty[layer])
-            for layer in dirty
-            if clean[layer] or (may_store and dirty[layer])
-        ]
-        return _next(heads, rung, lambda layer: len(dirty[layer]) + len(clean[layer]))
-
-    def next_to_store(self, rung: int = DEVICE) -> KVBlock | None:
-        """The dirty block to be stored below a rung next, the oldest of its layer."""
-        dirty = self._dirty[rung]
-        return _next(map(_oldest, dirty.values()), rung, lambda layer: len(dirty[layer]))
-
     def num_demotable(self, rung: int = DEVICE) -> int:
         """Full blocks on a rung (not the last)."""
-        return self.num_clean_on(rung) + sum(map(len, self._dirty[rung].values()))
+        return self.waiting[rung].num_clean + self.waiting[rung].num_dirty
 
     def num_clean_on(self, rung: int) -> int:
         """Full blocks on a rung (not the last) whose copy there can be dropped without a store."""
-        return sum(map(len, self._clean[rung].values()))
+        return self.waiting[rung].num_clean
 
     @property
     def num_clean(self) -> int:
         """Copies, on all rungs, that can be dropped without a store."""
-        return sum(map(self.num_clean_on, range(len(self._clean))))
+        return sum(waiting.num_clean for waiting in self.waiting)
 
     @property
     def num_dirty(self) -> int:
         """Copies, on all rungs but the last, of full blocks that have none below."""
-        return sum(len(queue) for queues in self._dirty for queue in queues.values())
+        return sum(waiting.num_dirty for waiting in self.waiting)
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -462,13 +466,13 @@ class KVBlockManager:
 
     def _check_queues(self, held: Iterable[KVBlock]) -> None:
         blocks = set(held)
-        for rung, (dirty, clean) in enumerate(zip(self._dirty, self._clean, strict=True)):
-            for layer, queue in [*dirty.items(), *clean.items()]:
-                for block in queue:
-                    if block not in blocks or block.slots[rung] is None or block.layer != layer:
-                        raise BlockStateError(f"{block} waits for demotion but is not there")
-                    if (block in clean[layer]) == (block.copy_below(rung) is None):
-                        raise BlockStateError(f"{block} is in the wrong queue of demotion")
+        for waiting in self.waiting:
+            rung, clean = waiting.rung, waiting.clean
+            for block in waiting:
+                if block not in blocks or block.slots[rung] is None or block not in waiting:
+                    raise BlockStateError(f"{block} waits for demotion but is not there")
+                if (block in clean[block.layer]) == (block.copy_below(rung) is None):
+                    raise BlockStateError(f"{block} is in the wrong queue of demotion")
             on_rung = sum(block.slots[rung] is not None for block in blocks)
             if rung != DEVICE and self.num_demotable(rung) != on_rung:
                 raise BlockStateError(
@@ -480,24 +484,26 @@ class KVBlockManager:
 
     def _queue(self, block: KVBlock, rung: int) -> None:
         """Queue a block that came to a rung."""
-        queues = self._dirty if block.copy_below(rung) is None else self._clean
-        queues[rung][block.layer][block] = None
+        waiting = self.waiting[rung]
+        queues = waiting.dirty if block.copy_below(rung) is None else waiting.clean
+        queues[block.layer][block] = None
 
     def _requeue(self, block: KVBlock, rung: int) -> None:
         """See to it that a block, if it is queued on a rung, is in the right queue there."""
-        dirty, clean = self._dirty[rung][block.layer], self._clean[rung][block.layer]
+        waiting = self.waiting[rung]
+        dirty, clean = waiting.dirty[block.layer], waiting.clean[block.layer]
         if block in dirty and block.copy_below(rung) is not None:
             del dirty[block]
             clean[block] = None
         elif block in clean and block.copy_below(rung) is None:
             del clean[block]
             dirty[block] = None
-            dirty.move_to_end(block, last=False)  # stores begin with the oldest: it still is
+            dirty.move_to_end(block, last=False)  # it came before the others
 
     def _unqueue(self, block: KVBlock, rung: int) -> None:
-        if rung < len(self._dirty):
-            self._dirty[rung][block.layer].pop(block, None)
-            self._clean[rung][block.layer].pop(block, None)
+        if rung < len(self.waiting):
+            self.waiting[rung].dirty[block.layer].pop(block, None)
+            self.waiting[rung].clean[block.layer].pop(block, None)
 
     def _release(self, blocks: Iterable[KVBlock]) -> list[KVBlock]:
         dropped = []
@@ -535,22 +541,3 @@ def _slots(rows: list[list[KVBlock]], rung: int) -> torch.Tensor:
     """int32 [rows, blocks]: slots on a rung, -1 where there is no copy."""
     slots = [[-1 if (slot := block.slots[rung]) is None else slot for block in row] for row in rows]
     return torch.tensor(slots, dtype=torch.int32).view(len(rows), len(rows[0]) if rows else 0)
-
-
-def _oldest(queue: _Queue) -> KVBlock | None:
-    return next(iter(queue), None)
-
-
-def _next(
-    heads: Iterable[KVBlock | None], rung: int, num_blocks: Callable[[int], int]
-) -> KVBlock | None:
-    """Whose turn it is of the oldest blocks of the layers: so that every layer keeps the same share
-    of every rung, which spreads the loads evenly over a forward.
-
-    On the device the fullest layer gives. Below, where blocks lie that are still on the device as
-    well, numbers say nothing: the oldest block goes.
-    """
-    blocks = [block for block in heads if block is not None]
-    if rung == DEVICE:
-        return max(blocks, key=lambda block: num_blocks(block.layer), default=None)
-    return min(blocks, key=lambda block: block.index, default=None)

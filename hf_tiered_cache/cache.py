@@ -61,6 +61,8 @@ class TieredCache(DynamicCache):
         staging_bytes: of device_bytes, for cold blocks passing through.
         cpu_share: share, 0 to 1, of the blocks in host memory that the CPU attends there, or
             "auto".
+        demotion: which blocks leave a rung first: "by_age", or a policy of your own as
+            "module:Class" (docs/extending.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
@@ -88,6 +90,7 @@ class TieredCache(DynamicCache):
         block_tokens: int | None = None,
         staging_bytes: int | str = AUTO,
         cpu_share: float | str = AUTO,
+        demotion: str = "by_age",
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
         offloading: bool = False,
@@ -116,6 +119,7 @@ class TieredCache(DynamicCache):
             block_tokens=block_tokens,
             staging_bytes=staging_bytes,
             cpu_share=cpu_share,
+            demotion=demotion,
         )
         if tiers is not None and given.asked():
             raise ConfigError(f"give either tiers= or {', '.join(given.asked())}, not both")

@@ -56,6 +56,8 @@ class TieredCacheConfig:
     # their being carried to the device; 0 switches the one off, 1 the other. "auto": on a GPU as
     # the rates of both say, 1 where the device is the CPU.
     cpu_share: float | str = AUTO
+    # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
+    demotion: str = "by_age"
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "disk_bytes", "staging_bytes"):
@@ -66,6 +68,10 @@ class TieredCacheConfig:
             raise ConfigError(f'cpu_share={share!r}: expected a number from 0 to 1, or "{AUTO}"')
         if self.disk_io not in DISK_IO_MODES:
             raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
+        if not isinstance(self.demotion, str):
+            raise ConfigError(
+                f'demotion={self.demotion!r}: expected a name such as "by_age", or "module:Class"'
+            )
         tokens = self.block_tokens
         if tokens is not None and (
             not isinstance(tokens, int) or tokens < MIN_BLOCK_TOKENS or tokens & (tokens - 1)

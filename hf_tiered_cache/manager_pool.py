@@ -22,6 +22,7 @@ from hf_tiered_cache.config import (
     free_memory_bytes,
 )
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.errors import ClosedCacheError
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.lane_split import LaneSplit
@@ -42,6 +43,7 @@ logger = logging.get_logger(__name__)
 # 4); twice that keeps it busy while one half is attended.
 STAGING_BYTES = 16 * 1024 * 1024
 # A GPU's link carries this much in a few milliseconds, about the time of one token's other work.
+STAGING_SHARE = 0.25  # of the device's budget, at most
 LANE_STAGING_BYTES = 256 * 1024 * 1024
 # Pinned, for what passes between a GPU and the disk, or pageable memory: at most this for blocks of
 # one shape on one device (or two blocks), whatever host_bytes says.
@@ -55,11 +57,13 @@ class ManagerPool:
     Owners are the caches that share blocks: one and its forks.
 
     `expected_tables`: layers that will be kept in blocks, where the model's config told it, else 0.
+    Raises ConfigError for a config that cannot be had here.
     """
 
     def __init__(self, config: TieredCacheConfig, expected_tables: int = 0) -> None:
         self.config = config
         self.budgets = Budgets.resolve(config, device_is_host=not devices.has_accelerator())
+        self._demotion = DemotionPolicy.by_name(config.demotion)
         self._expected_tables = expected_tables
         self._host = Budget("host", self.budgets.host_bytes)
         self._disk = Budget("disk", self.budgets.disk_bytes)
@@ -128,6 +132,7 @@ class ManagerPool:
             cpu_lane=place.cpu_lane,
             group_columns=devices.group_columns(layout, device),
             lock=place.lock,
+            demotion=self._demotion(),
         )
         for (_, where), other in self._managers.items():
             if where == device:
@@ -199,7 +204,7 @@ class ManagerPool:
         if self.config.staging_bytes != AUTO:
             return int(self.config.staging_bytes)
         most = STAGING_BYTES if place.lane is None else LANE_STAGING_BYTES
-        return min(most, place.budget.limit_bytes // 4)
+        return min(most, int(place.budget.limit_bytes * STAGING_SHARE))
 
     def counters(self) -> Counters:
         """The totals of all managers."""

@@ -1,11 +1,7 @@
-"""What is demoted and when: `OffloadManager`.
+"""Tokens come in, blocks go down: `OffloadManager`.
 
-Exact decode reads every block of every layer once per token, in layer order. Against such a
-cyclic scan LRU hits nothing, so placement is by age: the newest blocks stay on the device, the
-same share in every layer, older ones lie one rung down, and the oldest on the last rung. A full
-block is immutable, so it is stored at most once on each rung and the copy above is dropped for
-free; stores start before their room is needed, so that a decode step seldom waits for one. Blocks
-never go up but through staging (`block_reader`).
+A full block is immutable. Which ones leave a rung says a policy (`demotion`), `stores` takes them
+down, `capacity` says what fits. Blocks never go up but through staging (`block_reader`).
 
 One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
 it; `lock` is held by whoever moves or reads blocks.
@@ -13,35 +9,27 @@ it; `lock` is held by whoever moves or reads blocks.
 
 import contextlib
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
-from time import perf_counter
 
 import torch
 
-from hf_tiered_cache import tracing
 from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
 from hf_tiered_cache.block_reader import BlockReader
+from hf_tiered_cache.capacity import Capacity
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.demotion import ByAge, DemotionPolicy
 from hf_tiered_cache.errors import ClosedCacheError, OutOfBlocksError, TierIOError
 from hf_tiered_cache.kernels import checks, ops
 from hf_tiered_cache.lane_split import STAGE_ALL, LaneSplit
 from hf_tiered_cache.layout import BlockLayout
-from hf_tiered_cache.metrics import Counters, span
-from hf_tiered_cache.sizes import format_bytes
+from hf_tiered_cache.metrics import Counters
+from hf_tiered_cache.stores import Stores
 from hf_tiered_cache.stream import BlockStream
-from hf_tiered_cache.tiers.base import DONE, Tier
+from hf_tiered_cache.tiers.base import Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane_tier import HostLaneTier
 from hf_tiered_cache.tiers.memory import MemoryTier
-from hf_tiered_cache.tracing import STORE, STORE_WAIT
-
-# Groups of columns that staging must be able to hold: one is attended while one loads.
-STAGED_GROUPS = 2
-
-# Stores to one rung that may be under way at once: enough to keep a disk's queue full, few enough
-# that the rung above keeps room for new blocks.
-MAX_STORES = 8
 
 
 class OffloadManager:
@@ -63,29 +51,29 @@ class OffloadManager:
         cpu_lane: CpuLane | None = None,
         group_columns: int = 1,
         lock: "threading.RLock | None" = None,
+        demotion: DemotionPolicy | None = None,
     ) -> None:
         """split, cpu_lane, group_columns: see `BlockReader`. lock: one for all that share a device,
-        of its own where none is given."""
+        of its own where none is given. demotion: by age where none is given."""
         device = tiers[DEVICE]
         memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
         assert isinstance(device, DeviceTier)
-        assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
         self.blocks = KVBlockManager(len(tiers))
         self.counters = Counters()
         self.lock = lock or threading.RLock()
-        self._memory = memory  # the tiers whose blocks have addresses: all but the last, at least
-        self._lower = tiers[DEVICE + 1 :]
-        self._staging_slots = staging_slots if self._lower else 0  # as many as wished for
         self._stream = BlockStream(tiers, 0, self.counters)  # grows with the first append
+        self._capacity = Capacity(
+            layout, tiers, self.blocks, self._stream, staging_slots, group_columns, expected_tables
+        )
+        self.stores = Stores(
+            tiers, memory, self.blocks, self._capacity, demotion or ByAge(), self.counters
+        )
         self._reader = BlockReader(
             self.blocks, layout, memory, self._stream, self.counters, split, cpu_lane, group_columns
         )
-        self._expected_tables = expected_tables
-        # Stores that nobody waited for yet, by rung, in order of their start.
-        self._storing: list[dict[KVBlock, None]] = [{} for _ in tiers]
         self._abandoned: deque[BlockTable] = deque()
         self._neighbours: list[OffloadManager] = []  # on the same device budget
         self._is_closed = False
@@ -109,22 +97,24 @@ class OffloadManager:
             return
         self._tidy()
         with self.blocks.changing:
-            least_staging = self._least_staging
+            least_staging = self._capacity.least_staging
             committed = self.device_tier.committed_bytes // self.layout.num_bytes
-            keep = max(self._least_slots, committed - -(-num_bytes // self.layout.num_bytes))
+            keep = max(
+                self._capacity.least_slots, committed - -(-num_bytes // self.layout.num_bytes)
+            )
             if keep >= committed:
                 return
             self._stream.resize(0)
             surplus = self.device_tier.used_slots + least_staging - keep
             if surplus > 0:
-                self.make_room(self._num_free_slots() + surplus)
+                self.stores.make_room(self._capacity.num_free() + surplus)
             held = {block for table in self.blocks.tables for block in table.blocks()}
             for block in held:
                 slot = block.slots[DEVICE]
                 if slot is not None and slot >= keep:
                     lower = self._allocate()
                     self.device_tier.copy_block(slot, lower)
-                    self._free_copy(block, DEVICE, lower)
+                    self.stores.free_copy(block, DEVICE, lower)
             self.device_tier.shrink(keep)
             self._stream.resize(least_staging)
             self._stream.claim()
@@ -161,7 +151,7 @@ class OffloadManager:
         with self.blocks.changing:
             if must_own or num_tokens > room:
                 checks.check_new_tokens(keys, values, self.layout, table.batch)
-                self._check_capacity(table, num_tokens)
+                self._ensure_capacity(table, num_tokens)
             done = 0
             try:
                 if must_own:
@@ -184,14 +174,14 @@ class OffloadManager:
         start = table.num_tokens
         ops.append_tokens(keys, values, self._reader.last_view(table), start)
         if self.blocks.advance(table, keys.shape[2]):
-            self._store_ahead(self._num_layers * table.batch)
+            self.stores.start_ahead(self._capacity.num_layers * table.batch)
 
     def _add_columns(self, table: BlockTable, num_tokens: int) -> int:
         """Add as many empty columns as fit now, at least one, at most for `num_tokens` tokens;
         return the tokens they take."""
         wanted = self.layout.num_blocks(num_tokens)
-        columns = min(wanted, max(1, self._num_free_slots() // table.batch))
-        self.make_room(columns * table.batch)
+        columns = min(wanted, max(1, self._capacity.num_free() // table.batch))
+        self.stores.make_room(columns * table.batch)
         for _ in range(columns):
             for row in range(table.batch):
                 self.blocks.append_block(table, row, self._allocate())
@@ -207,7 +197,7 @@ class OffloadManager:
                 self._promote(block)
 
     def _copy_last_block(self, table: BlockTable, row: int) -> None:
-        self.make_room(1)
+        self.stores.make_room(1)
         slot = self._allocate()
         try:
             self._read_block(table.rows[row][-1], slot)
@@ -219,7 +209,7 @@ class OffloadManager:
     def _promote(self, block: KVBlock) -> None:
         """Keep a block that fills (again) on the device, alone: drop the copies below it."""
         if not block.is_resident:
-            self.make_room(1)
+            self.stores.make_room(1)
             slot = self._allocate()
             try:
                 self._read_block(block, slot)
@@ -229,7 +219,7 @@ class OffloadManager:
             self.blocks.move(block, DEVICE, slot)
         self.blocks.start_filling(block)
         self._stream.discard(block)
-        self._free_slots(block, first_rung=DEVICE + 1)
+        self.stores.free_slots(block, first_rung=DEVICE + 1)
 
     def _read_block(self, block: KVBlock, slot: int) -> None:
         """Copy a block's bytes, wherever they are, into another device slot."""
@@ -241,174 +231,24 @@ class OffloadManager:
         self.device_tier.copy_block(staged, slot)
         self._stream.release([block])
 
-    def make_room(self, num_blocks: int, rung: int = DEVICE) -> None:
-        """Demote the oldest blocks of a rung until `num_blocks` slots of it are free.
-
-        Raises OutOfBlocksError when everything left there must stay, TierIOError when a store
-        failed (the block stays where it is).
-        """
-        while self._num_free_slots(rung) < num_blocks:
-            block = None
-            if rung < self._last_rung:
-                block = self.blocks.next_to_demote(self._num_slots_below(rung) > 0, rung)
-            if block is None:
-                raise self._out_of_blocks(num_blocks)
-            copy = block.copy_below(rung)
-            if copy is None:
-                copy = self._store(block, rung)
-            self._finish_store(block, copy)
-            self._free_copy(block, rung)
-
-    def _store_ahead(self, num_blocks: int) -> None:
-        """Start storing the blocks that are next to leave, before their room is needed.
-
-        The next forward may ask for `num_blocks`, one per row of every table; as long as so many
-        slots of a rung are free or can be dropped without a wait, nothing on it is stored: what
-        fits costs nothing.
-        """
-        if any(self._storing):
-            self._reap_stores()
-        for rung in range(self._last_rung):  # from above: what it takes below is made good then
-            while (
-                self._num_free_slots(rung) + self.blocks.num_clean_on(rung) < num_blocks
-                and (target := self._rung_below(rung)) is not None
-                and len(self._storing[target]) < MAX_STORES
-                and (block := self.blocks.next_to_store(rung)) is not None
-                and block.stores[rung].is_ready()
-                and self._has_room_now(target)
-            ):
-                try:
-                    self._store(block, rung)
-                except TierIOError:
-                    break  # not yet in need: `make_room` tries again and says so if it must
-
-    def _has_room_now(self, rung: int) -> bool:
-        """Whether a slot of a lower rung is free, or can be made so without a wait."""
-        if self._num_free_slots(rung) > 0:
-            return True
-        if rung == self._last_rung:
-            return False
-        block = self.blocks.next_to_demote(may_store=False, rung=rung)
-        copy = None if block is None else block.copy_below(rung)
-        return block is not None and copy is not None and block.stores[copy].is_ready()
-
-    def _store(self, block: KVBlock, rung: int) -> int:
-        """Start writing a block from a rung to the one below, which is returned; it counts as
-        stored there once its transfer is done."""
-        self._finish_store(block, rung)
-        target = self._rung_below(rung)
-        if target is None:
-            raise self._out_of_blocks(1)
-        self.make_room(1, target)
-        source, slot = block.slots[rung], self.tiers[target].allocate()
-        assert source is not None
-        if slot is None:  # another manager on the same budget took it
-            raise self._out_of_blocks(1)
-        issued = perf_counter()
-        try:
-            data = self._memory[rung].block(source)
-            block.stores[target] = self.tiers[target].write([slot], [data])
-        except BaseException:
-            self.tiers[target].free(slot)
-            raise
-        self.blocks.move(block, target, slot)
-        self._storing[target][block] = None
-        self.counters.stores += 1
-        self.counters.stored_bytes += self.layout.num_bytes
-        if tracing.recorder is not None:
-            name, transfer = self.tiers[target].name, block.stores[target]
-            size = self.layout.num_bytes
-            tracing.recorder.watch(STORE, name, [block.layer], 1, size, issued, transfer)
-        return target
-
-    def _finish_store(self, block: KVBlock, rung: int) -> None:
-        """Wait until a block's copy on a rung is there; if its store failed that copy is given up
-        and TierIOError raised."""
-        store = block.stores[rung]
-        try:
-            if not store.is_ready():
-                with span(STORE_WAIT), self.counters.waiting("store_wait_seconds"):
-                    store.wait()
-            store.wait()
-        except TierIOError:
-            self._free_slots(block, first_rung=rung)
-            raise
-        self._forget_store(block, rung)
-
-    def _reap_stores(self) -> None:
-        """Forget finished stores; a failed one makes its block dirty again, to be retried later."""
-        for rung, storing in enumerate(self._storing):
-            ended = [block for block in storing if block.stores[rung].is_ready()]
-            for block in reversed(ended):  # so that of those that failed the oldest is first again
-                try:
-                    block.stores[rung].wait()
-                except TierIOError:
-                    self._free_slots(block, first_rung=rung)
-                else:
-                    self._forget_store(block, rung)
-
-    def _forget_store(self, block: KVBlock, rung: int) -> None:
-        """A store ended, or its outcome no longer matters."""
-        self._storing[rung].pop(block, None)
-        block.stores[rung] = DONE
-
-    def _check_capacity(self, table: BlockTable, num_tokens: int) -> None:
+    def _ensure_capacity(self, table: BlockTable, num_tokens: int) -> None:
         """Raise OutOfBlocksError unless `num_tokens` more tokens fit, whatever must be demoted for
         it; then fit staging to the batch."""
-        columns = self.layout.num_blocks(table.num_tokens + num_tokens) - table.num_blocks
-        copies, pinned = self._fill_needs(table)
-        needed = columns * table.batch + copies
-        least_staging = self._least_staging
-        pinned = max(pinned, self._num_layers * table.batch)
-        most = self._most_slots(pinned + least_staging)
-        if pinned + least_staging > most:
-            raise self._budget_too_small(table.batch, pinned, least_staging)
-        staging = min(max(self._staging_slots, least_staging), most - pinned) if self._lower else 0
-        free = self._num_free_slots() + self._stream.num_slots - staging
-        droppable = self.blocks.num_clean_on(DEVICE)
-        if needed > free + droppable + self._num_slots_below(DEVICE):
-            raise self._out_of_blocks(needed)
-        self._resize_staging(staging)
+        needs = self._capacity.needs(table, num_tokens)
+        self._ask_neighbours(needs.least)
+        others = sum(it._capacity.least_bytes for it in self._neighbours)
+        self._resize_staging(self._capacity.check(needs, others))
 
-    @property
-    def _least_staging(self) -> int:
-        """Staging slots without which a forward cannot go on."""
-        staged_columns = STAGED_GROUPS * self._reader.group_columns if self._lower else 0
-        return staged_columns * self.blocks.max_batch
-
-    @property
-    def _least_slots(self) -> int:
-        """Device slots without which a forward cannot go on."""
-        filling = self.device_tier.used_slots - self._stream.num_taken - self.blocks.num_demotable()
-        filling = max(filling, self._num_layers * self.blocks.max_batch)
-        return filling + self._least_staging
-
-    def _most_slots(self, wanted: int) -> int:
-        """The device slots that this manager has or may get; neighbours that hold more than they
-        need give some back, where those are less than wanted."""
-        tier = self.device_tier
+    def _ask_neighbours(self, num_slots: int) -> None:
+        """Let neighbours that hold more than they need give some of the device back, where this
+        manager cannot get `num_slots` in all."""
+        budget = self.device_tier.budget
         for neighbour in self._neighbours:
-            missing = wanted * self.layout.num_bytes - tier.committed_bytes - tier.budget.free_bytes
+            wanted = num_slots * self.layout.num_bytes
+            missing = wanted - self.device_tier.committed_bytes - budget.free_bytes
             if missing > 0:
                 with contextlib.suppress(OutOfBlocksError, TierIOError):
                     neighbour.yield_device(missing)
-        return tier.used_slots + tier.num_free()
-
-    def _fill_needs(self, table: BlockTable) -> tuple[int, int]:
-        """(blocks to copy before the table's last blocks can be written, blocks pinned to the
-        device once they, or those of a new column, are). Pinned are the filling ones of all
-        tables."""
-        pinned = self.device_tier.used_slots - self._stream.num_taken
-        pinned -= self.blocks.num_demotable()
-        if not table.is_filling:
-            return 0, pinned + table.batch
-        copies = 0
-        for block, num_rows in Counter(row[-1] for row in table.rows).items():
-            is_ours = block.ref_count == num_rows  # nobody else holds it: one row can keep it
-            copies += num_rows - is_ours
-            is_pinned = block.is_resident and not self.blocks.is_demotable(block)
-            pinned += num_rows - (is_ours and is_pinned)
-        return copies, pinned
 
     def _resize_staging(self, num_slots: int) -> None:
         before = self._stream.num_slots
@@ -416,73 +256,17 @@ class OffloadManager:
             return
         self._stream.resize(num_slots)
         try:
-            self.make_room(0)
+            self.stores.make_room(0)
         except BaseException:
             self._stream.resize(before)
             raise
         if self._neighbours:
             self._stream.claim()
 
-    @property
-    def _last_rung(self) -> int:
-        return len(self.tiers) - 1
-
-    @property
-    def _num_layers(self) -> int:
-        """Layers of a forward: each pins its filling blocks."""
-        return max(self.blocks.num_layers, self._expected_tables)
-
-    def _num_free_slots(self, rung: int = DEVICE) -> int:
-        """Slots of a rung that blocks may take: free ones, less those kept for staging."""
-        kept = self._stream.num_reserved if rung == DEVICE else 0
-        return self.tiers[rung].num_free() - kept
-
-    def _num_slots_below(self, rung: int) -> int:
-        """Blocks that could still come to the rungs below: into free slots, and into those of
-        copies that can be dropped."""
-        lower = range(rung + 1, len(self.tiers))
-        free = sum(self.tiers[one].num_free() for one in lower)
-        return free + sum(self.blocks.num_clean_on(one) for one in lower[:-1])
-
-    def _rung_below(self, rung: int) -> int | None:
-        """The next rung down, without those of which other managers hold the whole budget."""
-        for lower in range(rung + 1, len(self.tiers)):
-            if self.tiers[lower].used_slots + self.tiers[lower].num_free():
-                return lower
-        return None
-
     def _allocate(self) -> int:
         slot = self.device_tier.allocate()
         assert slot is not None, "make_room promised a slot"
         return slot
-
-    def _budget_too_small(self, batch: int, pinned: int, staging: int) -> OutOfBlocksError:
-        budget = self.device_tier.budget.limit_bytes
-        others = sum(it._least_slots * it.layout.num_bytes for it in self._neighbours)
-        smallest = (pinned + staging) * self.layout.num_bytes + others
-        beside = f", and {format_bytes(others)} for blocks of other shapes" if others else ""
-        return OutOfBlocksError(
-            f"device_bytes={format_bytes(budget)} is too small: {pinned} filling blocks (one for "
-            f"each of {self._num_layers} layers x {batch} sequences, and of forks) and {staging} "
-            f"staging blocks of {format_bytes(self.layout.num_bytes)} must be there{beside}: the "
-            f"smallest device_bytes that works is {smallest} "
-            f"({format_bytes(smallest)}); or choose a smaller block_tokens "
-            f"(now {self.layout.block_tokens})"
-        )
-
-    def _out_of_blocks(self, num_blocks: int) -> OutOfBlocksError:
-        tiers = ", ".join(
-            f"{tier.name}: {tier.used_slots} of {tier.used_slots + tier.num_free()} blocks used"
-            for tier in self.tiers
-        )
-        knob = "raise " + " or ".join(f"{tier.name}_bytes" for tier in reversed(self.tiers))
-        if not any(tier.name == "disk" for tier in self.tiers):
-            knob += " or allow disk_bytes"
-        size = format_bytes(num_blocks * self.layout.num_bytes)
-        return OutOfBlocksError(
-            f"no room for {num_blocks} more blocks ({size}) of {self.layout.block_tokens} tokens "
-            f"({tiers}): {knob}, or shorten the sequence"
-        )
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens of every row."""
@@ -526,8 +310,7 @@ class OffloadManager:
             for tier in self.tiers:
                 tier.drain()
             held = self.blocks.mend()
-            for storing in self._storing:
-                storing.clear()
+            self.stores.forget()
             self._stream.forget()
             for rung, tier in enumerate(self.tiers):
                 slots = [slot for block in held if (slot := block.slots[rung]) is not None]
@@ -539,22 +322,7 @@ class OffloadManager:
     def _drop(self, blocks: Iterable[KVBlock]) -> None:
         for block in blocks:
             self._stream.discard(block)
-            self._free_slots(block, first_rung=DEVICE)
-
-    def _free_slots(self, block: KVBlock, first_rung: int) -> None:
-        """Free the block's slots from `first_rung` down, after stores under way have ended."""
-        for rung in range(max(first_rung, DEVICE + 1), len(self.tiers)):
-            block.stores[rung].outlast()  # the copy is given up anyway
-            self._forget_store(block, rung)
-        for rung in range(first_rung, len(self.tiers)):
-            self._free_copy(block, rung)
-
-    def _free_copy(self, block: KVBlock, rung: int, other: int | None = None) -> None:
-        """Free the block's slot on a rung, if it has one, for another one or none. No store may be
-        reading or writing it; loads may: the tier lets them end undisturbed."""
-        slot = self.blocks.move(block, rung, other)
-        if slot is not None:
-            self.tiers[rung].free(slot)
+            self.stores.free_slots(block, first_rung=DEVICE)
 
     def reader(self, table: BlockTable) -> BlockReader:
         """What reads the table's blocks; raises ClosedCacheError when the table was dropped, or its
@@ -592,24 +360,7 @@ class OffloadManager:
             if rung == DEVICE:
                 slots += self._stream.num_taken
             assert slots == tier.used_slots, f"{tier.name}: {slots} held, {tier.used_slots} used"
-        for block in held:
-            self._check_stores(block)
-        storing = {block for blocks in self._storing for block in blocks}
-        assert storing <= held, "a block that nobody holds is being stored"
-
-    def _check_stores(self, block: KVBlock) -> None:
-        """The highest copy is there. One on its way is on the list of its rung and has its slot,
-        and the next one above, from which it comes, is there."""
-        highest = block.highest
-        assert block.stores[highest].is_ready(), f"{block} was dropped above too early"
-        block.stores[highest].wait()  # raises if it failed
-        for rung, store in enumerate(block.stores):
-            if not store.is_ready():
-                assert block in self._storing[rung], f"{block}: rung {rung} lost sight of its store"
-                assert block.slots[rung] is not None, f"{block}: a store without a slot, {rung=}"
-                above = [up for up in range(rung) if block.slots[up] is not None]
-                assert above, f"{block}: what is stored to rung {rung} is gone above"
-                assert block.stores[above[-1]].is_ready(), f"{block}: stored before it was there"
+        self.stores.check_integrity(held)
 
     def close(self) -> None:
         """Give every tier's memory, files and threads back; what is not yet stored never will be.

@@ -15,12 +15,12 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
 from hf_tiered_cache.errors import ConfigError
 from hf_tiered_cache.sizes import format_bytes
+from hf_tiered_cache.trace_export import Span, TransferSpan, chrome_events
 
 ATTENTION, ATTEND, MERGE = "attention", "attend", "merge"
 LOAD_WAIT, STORE_WAIT = "load_wait", "store_wait"
@@ -38,42 +38,6 @@ class Timed(Protocol):
 
     def is_ready(self) -> bool:
         """Whether it ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Something one thread did. Seconds of `perf_counter`; spans of a thread nest."""
-
-    name: str
-    start: float
-    end: float
-    thread: int
-    layer: int | None = None
-    blocks: range | None = None  # columns of the layer's table
-
-
-@dataclass(frozen=True, slots=True)
-class TransferSpan:
-    """Blocks on their way from or to a tier. Seconds of `perf_counter`:
-
-        issued <= began <= ended
-
-    It was asked for at `issued`; bytes moved in [began, ended). `is_inline`: by the thread that
-    asked, which could do nothing else meanwhile. Where not `is_timed` the tier did not say when:
-    `began` is `issued`, and `ended` when somebody saw that it had. What is still under way ends
-    with the trace.
-    """
-
-    kind: str  # LOAD or STORE
-    tier: str
-    issued: float
-    began: float
-    ended: float
-    layers: tuple[int, ...]
-    num_blocks: int
-    num_bytes: int
-    is_inline: bool
-    is_timed: bool
 
 
 class Trace:
@@ -251,26 +215,7 @@ class Trace:
 
     def chrome(self) -> dict[str, Any]:
         """The trace as Chrome's format has it; times in microseconds from the beginning."""
-        rows = _Rows(self.start)
-        threads = list(dict.fromkeys(span.thread for span in self.spans))
-        for number, thread in enumerate(threads):
-            row = rows.row("compute" if number == 0 else f"compute, thread {number + 1}")
-            for span in sorted(self.spans, key=lambda span: (span.start, -span.end)):
-                if span.thread == thread:
-                    rows.add(row, span.name, span.start, span.end, _facts(span))
-        for (kind, tier), lanes in self.lanes().items():
-            for number, lane in enumerate(lanes):
-                row = rows.row(f"{kind} {tier} {number + 1}")
-                for one in lane:
-                    layers = ", ".join(map(str, one.layers))
-                    facts = {"blocks": one.num_blocks, "bytes": one.num_bytes, "layers": layers}
-                    rows.add(row, f"{kind} layer {layers}", one.issued, one.ended, facts)
-                    rows.add(row, "bytes move", one.began, one.ended, {})
-        return {
-            "traceEvents": rows.events,
-            "displayTimeUnit": "ms",
-            "otherData": {"dropped_events": self.num_dropped},
-        }
+        return chrome_events(self.start, self.spans, self.lanes(), self.num_dropped)
 
     def lanes(
         self, start: float = 0.0, end: float = float("inf")
@@ -330,48 +275,6 @@ def trace(path: str | os.PathLike[str] | None = None) -> Iterator[Trace]:
         made.finish()
         if path is not None:
             made.save(path)
-
-
-class _Rows:
-    """Events in Chrome's format, by rows that have names and keep their order."""
-
-    def __init__(self, start: float) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._start = start
-        self._num_rows = 0
-
-    def row(self, name: str) -> int:
-        """A new row at the bottom."""
-        self._num_rows += 1
-        named: dict[str, Any] = {"name": name}
-        ordered: dict[str, Any] = {"sort_index": self._num_rows}
-        for what, facts in (("thread_name", named), ("thread_sort_index", ordered)):
-            event = {"ph": "M", "pid": 1, "tid": self._num_rows, "name": what, "args": facts}
-            self.events.append(event)
-        return self._num_rows
-
-    def add(self, row: int, name: str, start: float, end: float, facts: dict[str, Any]) -> None:
-        """One span."""
-        self.events.append(
-            {
-                "ph": "X",
-                "pid": 1,
-                "tid": row,
-                "name": name,
-                "ts": (start - self._start) * 1e6,
-                "dur": (end - start) * 1e6,
-                "args": facts,
-            }
-        )
-
-
-def _facts(span: Span) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if span.layer is not None:
-        facts["layer"] = span.layer
-    if span.blocks is not None:
-        facts["blocks"] = f"[{span.blocks.start}, {span.blocks.stop})"
-    return facts
 
 
 Interval = tuple[float, float]

@@ -14,6 +14,7 @@ from tiers.faulty_file import FaultyFile
 from torch import Tensor
 
 from hf_tiered_cache.block_manager import BlockTable
+from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.offload_manager import OffloadManager
@@ -75,6 +76,7 @@ def make_manager(
     host_blocks: int = 0,
     cpu_share: float = 0.0,
     group_columns: int = 1,
+    demotion: DemotionPolicy | None = None,
 ) -> OffloadManager:
     """A manager over a poisoned device tier and, unless `disk_blocks` is 0, a recording disk; with
     `host_blocks` a poisoned host tier between them."""
@@ -97,6 +99,7 @@ def make_manager(
         expected_tables,
         split=LaneSplit(cpu_share),
         group_columns=group_columns,
+        demotion=demotion,
     )
 
 

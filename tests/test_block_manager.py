@@ -117,49 +117,6 @@ def test_more_tokens_than_blocks_hold_is_a_broken_law():
         blocks.advance(table, 5)
 
 
-def test_the_oldest_block_of_the_fullest_layer_is_demoted_first():
-    caller, first = filled(8, layer=0)  # blocks 0 and 1 are full
-    second = caller.blocks.new_table(1, LAYOUT, 1)
-    caller.append(second, 16)  # four full blocks
-    victims = []
-    for _ in range(6):
-        block = caller.blocks.next_to_demote(may_store=True)
-        victims.append((block.layer, block.index))
-        caller.demote(block)
-        caller.blocks.check_integrity()
-    assert victims == [(1, 0), (1, 1), (0, 0), (1, 2), (0, 1), (1, 3)]
-    assert caller.blocks.next_to_demote(may_store=True) is None
-    assert caller.tokens(first) == [list(range(1, 9))]
-
-
-def test_a_clean_block_leaves_before_an_older_dirty_one_is_stored_for_nothing():
-    caller, table = filled(16)
-    caller.store(table.rows[0][0])
-    assert caller.blocks.next_to_demote(may_store=True) is table.rows[0][0]
-    assert caller.blocks.next_to_store() is table.rows[0][1]
-    assert (caller.blocks.num_clean, caller.blocks.num_dirty) == (1, 3)
-
-
-def test_without_room_below_only_clean_blocks_are_demoted():
-    caller, first = filled(16, layer=0)
-    second = caller.blocks.new_table(1, LAYOUT, 1)
-    caller.append(second, 4)
-    assert caller.blocks.next_to_demote(may_store=False) is None
-    caller.store(second.rows[0][0])
-    assert caller.blocks.next_to_demote(may_store=True) is first.rows[0][0]
-    assert caller.blocks.next_to_demote(may_store=False) is second.rows[0][0]
-
-
-def test_a_block_whose_store_failed_is_the_oldest_again():
-    caller, table = filled(12)
-    oldest = table.rows[0][0]
-    caller.store(oldest)
-    assert caller.blocks.next_to_store() is table.rows[0][1]
-    caller.give_back(oldest, DISK)
-    assert caller.blocks.next_to_store() is oldest
-    caller.blocks.check_integrity()
-
-
 HOST, BOTTOM = 1, 2
 
 
@@ -182,7 +139,7 @@ def test_a_copy_waits_on_its_own_rung_clean_once_there_is_one_below():
     blocks.move(first, HOST, 0)
     assert (blocks.num_clean_on(DEVICE), blocks.num_clean_on(HOST)) == (1, 0)
     assert [blocks.num_demotable(rung) for rung in (DEVICE, HOST)] == [2, 1]
-    assert (blocks.next_to_store(DEVICE), blocks.next_to_store(HOST)) == (second, first)
+    assert [list(blocks.waiting[rung].dirty[0]) for rung in (DEVICE, HOST)] == [[second], [first]]
     blocks.move(first, BOTTOM, 0)
     assert (blocks.num_clean, blocks.num_dirty) == (2, 1)  # a device and a host copy; the second's
     blocks.move(first, HOST, None)
@@ -193,20 +150,6 @@ def test_a_copy_waits_on_its_own_rung_clean_once_there_is_one_below():
     assert blocks.num_clean + blocks.num_dirty == 0
 
 
-def test_below_the_device_the_oldest_block_of_all_layers_goes_first():
-    """The fullest layer there may be the one of which most are still on the device."""
-    blocks, tables = filled_chain(3, 3)
-    for slot, (layer, index) in enumerate([(0, 0), (1, 0), (1, 1), (0, 1), (0, 2)]):
-        blocks.move(tables[layer].rows[0][index], HOST, slot)
-    victims = []
-    while block := blocks.next_to_demote(may_store=True, rung=HOST):
-        victims.append((block.layer, block.index))
-        blocks.move(block, BOTTOM, len(victims))
-        blocks.move(block, HOST, None)
-        blocks.check_integrity()
-    assert victims == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
-
-
 def test_a_block_on_the_host_that_would_never_be_demoted_is_noticed():
     blocks, (table,) = filled_chain(1)
     table.rows[0][0].slots[HOST] = 0
@@ -215,7 +158,7 @@ def test_a_block_on_the_host_that_would_never_be_demoted_is_noticed():
     blocks, (table,) = filled_chain(1)
     blocks.move(table.rows[0][0], HOST, 0)
     blocks.move(table.rows[0][0], DEVICE, None)
-    blocks._dirty[HOST][0].clear()
+    blocks.waiting[HOST].dirty[0].clear()
     with pytest.raises(BlockStateError, match="1 blocks on rung 1, 0 wait for demotion"):
         blocks.check_integrity()
 
@@ -381,8 +324,8 @@ def test_random_walk_reads_what_the_plain_model_holds(steps, batch):
         elif name == "drop" and len(shadows) > 1:
             caller.release(caller.blocks.drop_table(table))
             del shadows[index]
-        elif name == "demote" and (block := caller.blocks.next_to_demote(may_store=True)):
-            caller.demote(block)
+        elif name == "demote" and (waiting := list(caller.blocks.waiting[DEVICE])):
+            caller.demote(waiting[amount % len(waiting)])
         caller.blocks.check_integrity()
         for table, rows in shadows:
             assert caller.tokens(table) == rows

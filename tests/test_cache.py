@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LogitsProcessorList
 
 import hf_tiered_cache
 from hf_tiered_cache import TieredCache, TieredCacheConfig
+from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.errors import (
     BackwardError,
     ClosedCacheError,
@@ -99,6 +100,8 @@ def test_knobs_take_bytes_words_and_auto(knobs, expected):
         ({"block_tokens": 5}, "block_tokens=5: expected a power of two from 4 up"),
         ({"block_tokens": 2}, "block_tokens=2"),
         ({"block_tokens": "16"}, "block_tokens='16'"),
+        ({"demotion": "by_size"}, "unknown demotion policy 'by_size'; known: by_age"),
+        ({"demotion": 3}, "demotion=3: expected a name"),
     ],
 )
 def test_an_impossible_knob_is_named_with_what_is_expected(knobs, message):
@@ -123,6 +126,17 @@ def test_the_knobs_of_a_cache_are_the_fields_of_its_config():
     assert told == ["config", *names, "tiers"]
 
 
+class NewestFirst(DemotionPolicy):
+    """A policy without a name in the registry."""
+
+    def next_to_demote(self, waiting, may_store):
+        queues = [*waiting.clean.values(), *(waiting.dirty.values() if may_store else ())]
+        return next((next(reversed(queue)) for queue in queues if queue), None)
+
+    def next_to_store(self, waiting):
+        return next((next(reversed(queue)) for queue in waiting.dirty.values() if queue), None)
+
+
 EVERY_KNOB = {
     "device_bytes": 2**20,
     "host_bytes": 2**20,
@@ -131,6 +145,7 @@ EVERY_KNOB = {
     "block_tokens": 8,
     "staging_bytes": 2**16,
     "cpu_share": 0.5,
+    "demotion": f"{__name__}:NewestFirst",
 }
 
 
@@ -142,6 +157,21 @@ def test_every_knob_reaches_the_config(tmp_path):
     for name, value in knobs.items():
         with pytest.raises(ConfigError, match=f"give either tiers= or {name}, not both"):
             TieredCache(tiers=TieredCacheConfig(), **{name: value})
+
+
+def test_a_policy_of_ones_own_decides_what_leaves_and_changes_no_bit(tmp_path):
+    places = []
+    for demotion in ("by_age", f"{__name__}:NewestFirst"):
+        knobs = {"device_bytes": 8 * 4096, "block_tokens": 4, "disk_dir": tmp_path}
+        with TieredCache(demotion=demotion, **knobs) as cache:
+            keys, values = update(cache, num_tokens=50)
+            (manager,) = cache._owned.pool.managers
+            (table,) = manager.blocks.tables
+            places.append([block.is_resident for block in table.blocks()])
+            ((held_keys, held_values),) = contents(cache)
+            assert torch.equal(held_keys, keys)
+            assert torch.equal(held_values, values)
+    assert places[0] != places[1]
 
 
 def test_sizes_are_validated_where_they_are_given():

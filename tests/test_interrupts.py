@@ -47,7 +47,7 @@ def tiers(request, tmp_path, monkeypatch) -> dict[str, Any]:
     """Knobs of a cache whose device holds next to nothing, over a chain of tiers."""
     chain = request.param
     if chain == "python's threads":
-        monkeypatch.setattr(movers, "compiled_core", lambda: None)
+        monkeypatch.setattr(movers, "moving_core", lambda: None)
     knobs: dict[str, Any] = {"device_bytes": 24 * 4096, "host_bytes": 0, "disk_bytes": "8MiB"}
     if "host" in chain:
         knobs["host_bytes"] = 40 * 4096 if chain == "host and disk" else "8MiB"

@@ -155,7 +155,7 @@ def layers(folder, num_layers: int, **sizes) -> tuple[list[Shadowed], RecordingD
     shadows = [Shadowed.new(manager, layer) for layer in range(num_layers)]
     for shadow in shadows:
         shadow.append(9)
-    manager.make_room(manager.device_tier.num_free() + 2 * num_layers - sizes["staging"])
+    manager.stores.make_room(manager.device_tier.num_free() + 2 * num_layers - sizes["staging"])
     assert [placement(shadow.table) for shadow in shadows] == ["ddD"] * num_layers
     disk = manager.tiers[1]
     disk.reads.clear()

@@ -14,7 +14,7 @@ from hf_tiered_cache import manager_pool, tracing
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.tiers.block_file import BlockFile
 from hf_tiered_cache.tiers.disk import DiskTier
-from hf_tiered_cache.tiers.movers import compiled_core
+from hf_tiered_cache.tiers.movers import moving_core
 
 READ_SECONDS = 0.02
 SOON = 0.015  # what a busy machine may add
@@ -161,7 +161,7 @@ def test_loads_of_a_slow_link_are_seen_beside_compute(filled, module, monkeypatc
     assert "hidden behind compute" in str(recorded)
 
 
-@pytest.mark.skipif(compiled_core() is None, reason="the compiled core was not built")
+@pytest.mark.skipif(moving_core() is None, reason="the compiled core was not built")
 def test_the_compiled_movers_spans_end_when_bytes_came_not_when_somebody_looked(filled, module):
     cache = filled(disk_io="buffered")
     seen: list[float] = []

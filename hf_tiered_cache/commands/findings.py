@@ -25,7 +25,7 @@ from hf_tiered_cache.evaluation.versions import package_version
 from hf_tiered_cache.kernels import loader
 from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.tiers.block_file import BlockFile
-from hf_tiered_cache.tiers.movers import compiled_core
+from hf_tiered_cache.tiers.movers import moving_core
 
 PACKAGES = ("torch", "transformers", "accelerate", "huggingface_hub", "xxhash", "numpy")
 
@@ -73,7 +73,7 @@ def kernels() -> dict[str, Any]:
         "available": ", ".join(loader.available_kernels()),
         **{f"not {name}": why for name, why in loader.unavailable_kernels().items()},
         "on cuda": "the CUDA core" if cuda_core else f"plain torch: {why_not}",
-        "disk mover": "compiled" if compiled_core() else "python",
+        "disk mover": "compiled" if moving_core() else "python",
     }
 
 

@@ -23,14 +23,13 @@ from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.config import disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import DataError, Document
 from hf_tiered_cache.evaluation.models import check_has_full_attention
+from hf_tiered_cache.manager_pool import MIN_STAGING_BLOCKS, STAGING_BYTES, STAGING_SHARE
 from hf_tiered_cache.sizes import format_bytes
 
 REFERENCE, NOISE, TIERED = "DynamicCache", "DynamicCache, noise", "TieredCache"
 MIN_BLOCK_TOKENS = 16
 ROWS_AT_ONCE = 128  # of the logits, in float64
 ROUNDINGS_OF_A_FLIP = 2
-# What a TieredCache takes of its device budget for blocks passing through, unless it is told.
-STAGING_SHARE, STAGING_BYTES, MIN_STAGING_BLOCKS = 1 / 4, 16 << 20, 2
 
 
 def uncounted(num_tokens: int) -> None:

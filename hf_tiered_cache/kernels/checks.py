@@ -7,10 +7,9 @@ checked where they are read, in the core. Nothing has been written when one fail
 import torch
 from torch import Tensor
 
-from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.state import RunningState
-from hf_tiered_cache.kernels.view import BlockView
+from hf_tiered_cache.kernels.view import BlockView, refuse
 from hf_tiered_cache.layout import BlockLayout
 
 
@@ -19,29 +18,29 @@ def check_attention(query: Tensor, view: BlockView, call: AttentionCall) -> None
     layout, shape = view.layout, query.shape
     if len(shape) != 4 or shape[3] != layout.key_dim or shape[0] != view.batch:
         expected = f"[batch {view.batch}, heads, queries, key_dim {layout.key_dim}]"
-        _refuse("query", list(shape), expected)
+        refuse("query", list(shape), expected)
     batch, heads, queries, _ = shape
     if heads % layout.kv_heads != 0 or heads == 0:
-        _refuse("query heads", heads, f"a multiple of kv_heads {layout.kv_heads}")
+        refuse("query heads", heads, f"a multiple of kv_heads {layout.kv_heads}")
     if query.dtype != layout.dtype and not query.is_floating_point():
-        _refuse("query dtype", query.dtype, "a floating-point type")
+        refuse("query dtype", query.dtype, "a floating-point type")
     blocks = view.blocks
     if not (query.is_cpu and blocks.is_cpu) and query.device != blocks.device:
-        _refuse("query device", query.device, f"that of the blocks, {blocks.device}")
+        refuse("query device", query.device, f"that of the blocks, {blocks.device}")
     if call.kv_tokens < 0:
-        _refuse("kv_tokens", call.kv_tokens, "0 or more")
+        refuse("kv_tokens", call.kv_tokens, "0 or more")
     starts, mask, bias = call.starts, call.mask, call.bias
     if starts is not None and (
         starts.dtype != torch.int32 or starts.shape != (batch,) or not starts.is_contiguous()
     ):
-        _refuse("starts", f"{starts.dtype} {list(starts.shape)}", f"int32 [batch {batch}]")
+        refuse("starts", f"{starts.dtype} {list(starts.shape)}", f"int32 [batch {batch}]")
     if mask is not None:
         if mask.dtype != torch.bool:
-            _refuse("mask dtype", mask.dtype, "bool, True = attend (additive masks go in bias)")
+            refuse("mask dtype", mask.dtype, "bool, True = attend (additive masks go in bias)")
         _check_broadcast("mask", mask, batch, heads, queries, call.kv_tokens)
     if bias is not None:
         if not bias.is_floating_point():
-            _refuse("bias dtype", bias.dtype, "a floating-point type")
+            refuse("bias dtype", bias.dtype, "a floating-point type")
         _check_broadcast("bias", bias, batch, heads, queries, call.kv_tokens)
     if call.sinks is not None:
         check_sinks(call.sinks, query)
@@ -52,13 +51,13 @@ def check_append(keys: Tensor, values: Tensor, view: BlockView, start_token: int
     check_new_tokens(keys, values, view.layout, view.batch)
     blocks = view.blocks
     if not (keys.is_cpu and blocks.is_cpu) and keys.device != blocks.device:
-        _refuse("keys device", keys.device, f"that of the blocks, {blocks.device}")
+        refuse("keys device", keys.device, f"that of the blocks, {blocks.device}")
     offset, tokens = start_token - view.first_token, keys.size(2)
     if offset < 0:
-        _refuse("start_token", start_token, f"first_token {view.first_token}, or later")
+        refuse("start_token", start_token, f"first_token {view.first_token}, or later")
     needed = view.layout.num_blocks(offset + tokens)
     if view.table.size(1) < needed:
-        _refuse(
+        refuse(
             "table num_blocks",
             view.table.size(1),
             f"at least {needed} for {tokens} tokens from position {start_token}",
@@ -70,16 +69,16 @@ def check_new_tokens(keys: Tensor, values: Tensor, layout: BlockLayout, batch: i
     tokens = keys.size(2) if keys.dim() == 4 else "tokens"
     expected = (batch, layout.kv_heads, tokens)
     if keys.shape != (*expected, layout.key_dim) or values.shape != (*expected, layout.value_dim):
-        _refuse(
+        refuse(
             "keys and values",
             f"{list(keys.shape)} and {list(values.shape)}",
             "[batch, kv_heads, tokens, dim] = "
             f"{[*expected, layout.key_dim]} and {[*expected, layout.value_dim]}",
         )
     if keys.dtype != layout.dtype or values.dtype != layout.dtype:
-        _refuse("keys and values", f"{keys.dtype} and {values.dtype}", layout.dtype)
+        refuse("keys and values", f"{keys.dtype} and {values.dtype}", layout.dtype)
     if not (keys.is_cpu and values.is_cpu) and keys.device != values.device:
-        _refuse("values device", values.device, f"that of the keys, {keys.device}")
+        refuse("values device", values.device, f"that of the keys, {keys.device}")
 
 
 def check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None:
@@ -87,20 +86,20 @@ def check_state(state: RunningState, query: Tensor, layout: BlockLayout) -> None
     rows = query.shape[:3]
     expected = torch.float64 if query.dtype == torch.float64 else torch.float32
     if state.acc.shape != (*rows, layout.value_dim) or state.acc.dtype != expected:
-        _refuse(
+        refuse(
             "state",
             f"{state.acc.dtype} {list(state.acc.shape)}",
             f"{expected} [batch, heads, queries, value_dim] = {[*rows, layout.value_dim]}",
         )
     if not (state.acc.is_contiguous() and state.max.is_contiguous() and state.sum.is_contiguous()):
-        _refuse("state strides", state.acc.stride(), "contiguous tensors")
+        refuse("state strides", state.acc.stride(), "contiguous tensors")
 
 
 def check_join(state: RunningState, other: RunningState) -> None:
     """Refuse to join states of other queries, precision or device."""
     mine, theirs = state.acc, other.acc
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.device != theirs.device:
-        _refuse(
+        refuse(
             "other state",
             f"{theirs.dtype} {list(theirs.shape)} on {theirs.device}",
             f"{mine.dtype} {list(mine.shape)} on {mine.device}",
@@ -111,7 +110,7 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Ten
     """Refuse an output that the result does not fit."""
     is_near = (out.is_cpu and like.is_cpu) or out.device == like.device
     if out.shape != shape or out.dtype != dtype or not is_near:
-        _refuse(
+        refuse(
             "out",
             f"{out.dtype} {list(out.shape)} on {out.device}",
             f"{dtype} [batch, heads, queries, value_dim] = {list(shape)} on {like.device}",
@@ -121,7 +120,7 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Ten
 def check_sinks(sinks: Tensor, like: Tensor) -> None:
     """Refuse sinks that are not one per head."""
     if sinks.shape != (like.shape[1],) or sinks.device != like.device:
-        _refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
+        refuse("sinks", f"{list(sinks.shape)} on {sinks.device}", f"[heads {like.shape[1]}]")
 
 
 def _check_broadcast(
@@ -134,13 +133,9 @@ def _check_broadcast(
         or mask.shape[2] not in (1, queries)
         or mask.shape[3] < kv_tokens
     ):
-        _refuse(
+        refuse(
             what,
             list(mask.shape),
             f"[batch {batch} or 1, heads {heads} or 1, queries {queries} or 1, "
             f"at least kv_tokens {kv_tokens}]",
         )
-
-
-def _refuse(what: str, got: object, expected: object) -> None:
-    raise UnsupportedInputError(f"{what}: got {got}, expected {expected}")

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_tiered_cache.compiled import compiled_core
 from hf_tiered_cache.errors import KernelUnavailableError
 from hf_tiered_cache.kernels.cores import Core, CpuCore, CudaCore
 
@@ -42,15 +42,6 @@ class Kernel:
 
 _REFERENCE_KERNEL = Kernel(REFERENCE, None)
 _forced: ContextVar[Kernel | None] = ContextVar("hf_tiered_cache_kernel", default=None)
-
-
-@lru_cache(maxsize=1)
-def compiled_core() -> tuple[ModuleType | None, str]:
-    """The compiled core, or None and the reason why it could not be imported."""
-    try:
-        return import_module("hf_tiered_cache._C"), ""
-    except ImportError as error:
-        return None, str(error)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """`BlockView`: the blocks of a table as the kernels see them, checked once, attended many times."""
 
 from dataclasses import dataclass, field
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -63,29 +64,30 @@ class BlockView:
             return
         least, most = (int(slot) for slot in self.table.aminmax())
         if least < 0 or most >= self.blocks.size(0):
-            _refuse("table slots", f"{least} .. {most}", f"0 .. {self.blocks.size(0) - 1}")
+            refuse("table slots", f"{least} .. {most}", f"0 .. {self.blocks.size(0) - 1}")
 
     def _check(self) -> None:
         blocks, table, layout = self.blocks, self.table, self.layout
         if blocks.dtype != torch.uint8 or blocks.dim() != 2:
-            _refuse("blocks", f"{blocks.dtype} {list(blocks.shape)}", "uint8 [slots, block bytes]")
+            refuse("blocks", f"{blocks.dtype} {list(blocks.shape)}", "uint8 [slots, block bytes]")
         if blocks.size(1) < layout.data_bytes or blocks.stride(1) != 1:
-            _refuse(
+            refuse(
                 "blocks [slots, block bytes]",
                 f"{list(blocks.shape)} with strides {blocks.stride()}",
                 f"contiguous rows of {layout.num_bytes} bytes ({layout})",
             )
         if table.dtype != torch.int32 or table.dim() != 2:
-            _refuse("table", f"{table.dtype} {list(table.shape)}", "int32 [batch, num_blocks]")
+            refuse("table", f"{table.dtype} {list(table.shape)}", "int32 [batch, num_blocks]")
         if table.stride(1) != 1 and table.size(1) > 1:
-            _refuse("table strides", table.stride(), "a contiguous last dimension")
+            refuse("table strides", table.stride(), "a contiguous last dimension")
         if not table.is_cpu and table.device != blocks.device:
-            _refuse("table device", table.device, f"cpu, or that of the blocks, {blocks.device}")
+            refuse("table device", table.device, f"cpu, or that of the blocks, {blocks.device}")
         if self.first_token < 0 or self.first_token % layout.block_tokens != 0:
-            _refuse(
+            refuse(
                 "first_token", self.first_token, f"a multiple of block_tokens {layout.block_tokens}"
             )
 
 
-def _refuse(what: str, got: object, expected: object) -> None:
+def refuse(what: str, got: object, expected: object) -> Never:
+    """Raise UnsupportedInputError with what was got and what is expected."""
     raise UnsupportedInputError(f"{what}: got {got}, expected {expected}")

@@ -4,7 +4,7 @@ A tier hands out slots, stores and loads the bytes of one block per slot, and gi
 on close. It knows no layers, tokens or policies: those are the block and offload managers'.
 """
 
-from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, tier_class
+from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
@@ -19,5 +19,4 @@ __all__ = [
     "MemoryTier",
     "Tier",
     "Transfer",
-    "tier_class",
 ]

@@ -23,13 +23,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from time import perf_counter
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
+from hf_tiered_cache.registry import Registered
 
 # Who waits looks again so often: an interrupt may have come between the end and the waking.
 WAKE_SECONDS = 0.1
@@ -211,24 +212,15 @@ DONE = Transfer(num_parts=0)
 """A finished transfer, shared by everything that has nothing to wait for."""
 
 
-class Tier(ABC):
+class Tier(Registered, ABC, kind="tier"):
     """Slots of `block_bytes` each, within a budget. See the module for the verbs.
 
     One thread at a time may call a tier; its own threads may work behind it. After `close()` every
     verb but `close` raises ClosedCacheError.
     """
 
-    name: str
-    registry: ClassVar[dict[str, type["Tier"]]] = {}
-
     block_bytes: int
     budget: Budget
-
-    def __init_subclass__(cls, name: str | None = None) -> None:
-        super().__init_subclass__()
-        if name is not None:
-            cls.name = name
-            Tier.registry[name] = cls
 
     @abstractmethod
     def allocate(self) -> int | None:
@@ -352,13 +344,6 @@ def io_error(code: int | None, message: str) -> TierIOError:
     error.errno = code
     error.strerror = message
     return error
-
-
-def tier_class(name: str) -> type[Tier]:
-    """The tier registered as `name`. Raises ConfigError, listing the names, when there is none."""
-    if name not in Tier.registry:
-        raise ConfigError(f"unknown tier {name!r}; known tiers: {', '.join(sorted(Tier.registry))}")
-    return Tier.registry[name]
 
 
 def check_block_bytes(block_bytes: int) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from hf_tiered_cache.config import DISK_IO_MODES
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
 from hf_tiered_cache.tiers.base import (
     DONE,
@@ -34,7 +35,6 @@ from hf_tiered_cache.tiers.record_jobs import (
 from hf_tiered_cache.tiers.records import RecordTable
 from hf_tiered_cache.tiers.slots import SlotPool
 
-IO_MODES = ("auto", "direct", "buffered")
 PIECE_BYTES = 1024 * 1024  # neighbouring records are read in one call up to this size
 STEP_BYTES = 64 * 1024 * 1024  # disk space is reserved this far ahead ...
 STEPS_PER_BUDGET = 32  # ... but at most this part of the budget, which other files may share
@@ -77,8 +77,8 @@ class DiskTier(Tier, name="disk"):
         budget has left.
         """
         check_block_bytes(block_bytes)
-        if io not in IO_MODES:
-            raise ConfigError(f"unknown io mode {io!r}; expected one of {', '.join(IO_MODES)}")
+        if io not in DISK_IO_MODES:
+            raise ConfigError(f"unknown io mode {io!r}; expected one of {', '.join(DISK_IO_MODES)}")
         if num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; expected 1 or more")
         self.block_bytes = block_bytes

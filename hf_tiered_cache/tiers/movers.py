@@ -9,12 +9,11 @@ threads are shared by all tiers of the process.
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from importlib import import_module
 from itertools import count
 from types import ModuleType
 from typing import Any, Protocol
 
+from hf_tiered_cache.compiled import compiled_core
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.tiers.base import Transfer
 from hf_tiered_cache.tiers.io_threads import no_thread, shared_threads
@@ -46,13 +45,9 @@ class Mover(Protocol):
         """Let the threads go; every job has ended. May be repeated."""
 
 
-@lru_cache(maxsize=1)
-def compiled_core() -> ModuleType | None:
+def moving_core() -> ModuleType | None:
     """The compiled core, if it is there and moves records."""
-    try:
-        core = import_module("hf_tiered_cache._C")
-    except ImportError:
-        return None
+    core, _ = compiled_core()
     return core if hasattr(getattr(core, "BlockIO", None), "enter") else None  # else an old build
 
 
@@ -60,7 +55,7 @@ def make_mover(name: str, num_threads: int) -> Mover:
     """The mover of that name; "auto" is the compiled one where it is there. Raises ConfigError."""
     if name not in MOVERS:
         raise ConfigError(f"unknown mover {name!r}; expected one of {', '.join(MOVERS)}")
-    has_core = compiled_core() is not None
+    has_core = moving_core() is not None
     if name == "compiled" and not has_core:
         raise ConfigError("mover 'compiled' needs the compiled core, which was not built")
     if not has_core or name == "python":

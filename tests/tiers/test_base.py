@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
-from hf_tiered_cache.tiers import DONE, Budget, DiskTier, Tier, Transfer, tier_class
+from hf_tiered_cache.tiers import DONE, Budget, Transfer
 from hf_tiered_cache.tiers.base import check_blocks, io_error
 
 
@@ -154,24 +154,6 @@ class TestTransfer:
                 os._exit(7)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-
-
-class TestRegistry:
-    def test_a_subclass_with_a_name_is_found(self):
-        assert tier_class("disk") is DiskTier
-        assert DiskTier.name == "disk"
-
-    def test_a_subclass_without_a_name_is_not_registered(self):
-        before = dict(Tier.registry)
-
-        class Nameless(DiskTier):
-            pass
-
-        assert Tier.registry == before
-
-    def test_unknown_name_lists_the_known(self):
-        with pytest.raises(ConfigError, match=r"unknown tier 'tape'.*device, disk"):
-            tier_class("tape")
 
 
 class TestCheckBlocks:

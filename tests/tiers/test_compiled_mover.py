@@ -17,7 +17,7 @@ from hf_tiered_cache.tiers import Budget, DiskTier, movers, record_jobs
 
 BLOCK = 16384
 NUM_SLOTS = 6
-core = movers.compiled_core()
+core = movers.moving_core()
 
 
 def test_the_core_is_built_and_chosen(tmp_path):
@@ -30,7 +30,7 @@ def test_the_core_is_built_and_chosen(tmp_path):
 
 
 def test_without_the_core_python_s_threads_serve(tmp_path, monkeypatch):
-    monkeypatch.setattr(movers, "compiled_core", lambda: None)
+    monkeypatch.setattr(movers, "moving_core", lambda: None)
     tier, slots, data = stored_tier(tmp_path, mover="auto")
     assert isinstance(tier._mover, movers.PythonMover)
     out = torch.zeros_like(data)

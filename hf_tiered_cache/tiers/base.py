@@ -250,7 +250,7 @@ class Tier(Registered, ABC, kind="tier"):
         """`read` into the slots `targets` of a tier in memory."""
         return self.read(slots, [memory.block(slot) for slot in targets])
 
-    def advance(self) -> None:  # noqa: B027 - most have no such transfers
+    def advance(self) -> None:
         """Begin the next steps, as far as it is time for them, of transfers that go in several;
         without this they begin when the transfer is next asked or waited for."""
 

@@ -167,21 +167,24 @@ def _stream_attention(
     batch, heads, num_queries, _ = query.shape
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
     heads_first = out.transpose(1, 2)
-    with manager.lock, span(ATTENTION, snapshot.table.layer):
-        reader = manager.reader(snapshot.table)
-        view = reader.resident_view(snapshot.table, snapshot.num_tokens)
-        if view is not None:
-            ops.paged_attention(query, view, call, out=heads_first, return_lse=False)
+    table, scan = snapshot.table, snapshot.scan
+    with (
+        manager.read_lock,
+        span(ATTENTION, table.layer),
+        manager.read(table, scan, snapshot.num_tokens) as reading,
+    ):
+        if reading.resident is not None:
+            ops.paged_attention(query, reading.resident, call, out=heads_first, return_lse=False)
             return out
         state = ops.RunningState.begin(query, layout.value_dim)
-        beside = reader.attend_beside(snapshot.table, query, call)
-        for chunk in reader.stream(snapshot.table, snapshot.scan, snapshot.num_tokens, beside):
+        reading.attend_beside(query, call)
+        for chunk in reading.chunks():
             columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
-            with span(ATTEND, snapshot.table.layer, columns):
-                ops.attend_blocks(state, query, reader.view(chunk), call)
-        with span(MERGE, snapshot.table.layer):
-            if beside:
-                reader.join_beside(state)
+            with span(ATTEND, table.layer, columns):
+                ops.attend_blocks(state, query, reading.view(chunk), call)
+        with span(MERGE, table.layer):
+            if reading.beside:
+                reading.join_beside(state)
             ops.finish_attention(state, out=heads_first, sinks=call.sinks)
     return out
 

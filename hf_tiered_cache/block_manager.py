@@ -11,14 +11,20 @@ count; only a filling block is ever copied, and only when a sharer writes.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from hf_tiered_cache.errors import BlockStateError, TieredCacheError, TierIOError
+from hf_tiered_cache.errors import (
+    BlockStateError,
+    TieredCacheError,
+    TierIOError,
+    TornBooksError,
+)
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers.base import DONE, Transfer
 
@@ -101,6 +107,14 @@ class Waiting:
         for queue in (*self.dirty.values(), *self.clean.values()):
             yield from queue
 
+    def without(self, layers: Collection[int]) -> "Waiting":
+        """Those of other layers."""
+        dirty, clean = (
+            {layer: queue for layer, queue in queues.items() if layer not in layers}
+            for queues in (self.dirty, self.clean)
+        )
+        return Waiting(self.rung, dirty, clean)
+
     @property
     def num_dirty(self) -> int:
         return sum(map(len, self.dirty.values()))
@@ -162,16 +176,33 @@ class Changing:
     so it needs no handler that could itself be interrupted. Blocks do not nest.
     """
 
-    __slots__ = ("_is_under_way", "has_lost_a_table")
+    __slots__ = ("_is_under_way", "is_torn")
 
     def __init__(self) -> None:
         self._is_under_way = False
-        self.has_lost_a_table = False  # one died with its blocks: an interrupt swallowed its drop
+        self.is_torn = False
+        """Told by others: a table died with its blocks, for an interrupt swallowed its drop, or a
+        change was interrupted while another one paused."""
 
     @property
     def was_interrupted(self) -> bool:
         """Whether the books are torn; for whoever changes nothing just now."""
-        return self._is_under_way or self.has_lost_a_table
+        return self._is_under_way or self.is_torn
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let other threads change the books, which are in order at this point of a change. Raises
+        TornBooksError behind it when one of them was interrupted."""
+        self._is_under_way = False
+        try:
+            yield
+        finally:
+            self.is_torn |= self._is_under_way
+            self._is_under_way = True
+        if self.is_torn:
+            raise TornBooksError(
+                "another thread was interrupted while this one waited for it: call again"
+            )
 
     def __enter__(self) -> None:
         self._is_under_way = True
@@ -194,7 +225,7 @@ class BlockTable:
 
     def __del__(self) -> None:
         if self.rows:
-            self.changing.has_lost_a_table = True
+            self.changing.is_torn = True
 
     @property
     def batch(self) -> int:
@@ -362,7 +393,7 @@ class KVBlockManager:
         Tables that died hold nothing. Columns without tokens are cut, copies whose store failed are
         given up, holders are counted and queues built anew. Returns the blocks that are held.
         """
-        self.changing.has_lost_a_table = False
+        self.changing.is_torn = False
         held: dict[KVBlock, int] = {}
         full: set[KVBlock] = set()
         for table in self.tables:

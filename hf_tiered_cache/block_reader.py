@@ -3,35 +3,35 @@
 Resident blocks are attended where they lie. Cold ones are staged in the ring, whose loads run
 ahead along the order of a forward. Of those in host memory a part, as large as `LaneSplit` says, is
 attended in place: by the kernels themselves where the device is the CPU, else by the CPU lane.
+
+The lock is held while the books are looked at or changed; kernels run and disks are waited for
+without it. What is attended meanwhile is pinned (`pins`).
 """
 
-import weakref
+import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
+from time import perf_counter
 
 import torch
 
-from hf_tiered_cache.block_manager import (
-    DEVICE,
-    HOST,
-    BlockTable,
-    KVBlock,
-    KVBlockManager,
-    Placement,
-    Run,
-)
+from hf_tiered_cache.block_manager import DEVICE, HOST, BlockTable, KVBlock, KVBlockManager
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout
-from hf_tiered_cache.metrics import Counters
+from hf_tiered_cache.metrics import Counters, span
+from hf_tiered_cache.pins import Pin, Pins
+from hf_tiered_cache.reading_plan import InPlace, ReadingPlan, Staging, reading_plan
 from hf_tiered_cache.stream import BlockStream
+from hf_tiered_cache.tiers.base import Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane_tier import HostLaneTier
 from hf_tiered_cache.tiers.memory import MemoryTier
+from hf_tiered_cache.tracing import LOAD_WAIT
 
 # Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
 # to more than noise.
@@ -48,13 +48,13 @@ class Chunk:
 
 
 class BlockReader:
-    """Reads tables of one layout and device, chunk by chunk. Nothing is checked for being open, and
-    the caller holds the manager's lock.
+    """Reads tables of one layout and device: `read`.
 
     `memory`: the tiers whose blocks have addresses, from the device down. `split`: how much of the
     host's blocks is attended where it lies: by `cpu_lane`, or without one in line with all others,
     as where the device is the CPU. `group_columns`: chunks that the device attends begin and end at
-    multiples of so many columns, or with the table.
+    multiples of so many columns, or with the table. `lock`: for the books. `check_held` raises
+    ClosedCacheError where a table cannot be read any more, and mends the books where need be.
     """
 
     def __init__(
@@ -67,84 +67,98 @@ class BlockReader:
         split: LaneSplit,
         cpu_lane: CpuLane | None,
         group_columns: int,
+        *,
+        lock: "threading.RLock",
+        check_held: Callable[[BlockTable], None],
     ) -> None:
         device = memory[DEVICE]
         assert isinstance(device, DeviceTier)
         self.split = split
         self.group_columns = group_columns
+        self.pins = Pins(lock)
+        self.layout = layout
+        self._lock = lock
+        self._check_held = check_held
         self._blocks = blocks
-        self._layout = layout
         self._memory = memory
         self._device = device
         self._stream = stream
         self._counters = counters
         self._cpu_lane = cpu_lane
         self._num_joined = 0
-        self._find_reading: Callable[[], _Reading | None] = lambda: None
         self._lane_waits = [0.0, 0.0]  # of the copy lane and the CPU lane, at the last correction
 
-    def stream(
-        self,
-        table: BlockTable,
-        scan: Sequence[BlockTable],
-        num_tokens: int | None = None,
-        beside: bool = False,
-    ) -> Iterator[Chunk]:
-        """The columns of a table (those of its first `num_tokens` tokens), in block order, chunk by
-        chunk, each where attention can read it while it is consumed: resident runs where they lie,
-        cold ones through staging, or in host memory where the device is the CPU.
+    def read(
+        self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
+    ) -> "Reading":
+        """A reading of a table (of its first `num_tokens` tokens), to be entered.
 
         `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
-        along it. `beside`: what `attend_beside` gave to the CPU lane is left out. Nothing may
-        move until the next chunk is asked for. Raises TierIOError when a
-        cold block cannot be loaded or is not what was stored.
+        along it.
         """
-        reading = _Reading()
-        self._find_reading = weakref.ref(reading)
-        num_blocks = table.num_blocks
-        if num_tokens is not None:
-            num_blocks = min(num_blocks, self._layout.num_blocks(num_tokens))
-        plan = self._plan(table, num_blocks, beside)
-        for part in plan.parts:
-            if isinstance(part, _Staging):
-                yield from self._stage(table, part, plan, scan, beside)
-                continue
-            num_reads = part.slots.numel()
-            if part.run.is_resident:
-                self._counters.resident_reads += num_reads
-                yield Chunk(part.first, part.slots)
-            elif not beside:
-                self._counters.in_place_reads += num_reads
-                yield Chunk(part.first, part.slots, HOST)
+        return Reading(self, table, scan, num_tokens)
 
-    @property
-    def is_reading(self) -> bool:
-        """Whether a `stream` is between two chunks, so that nothing may move."""
-        return self._find_reading() is not None
+    def plan(self, table: BlockTable, num_blocks: int, beside: bool) -> ReadingPlan:
+        """How the first columns of a table come to attention."""
+        has_host = len(self._memory) > HOST and (self._cpu_lane is None or beside)
+        return reading_plan(
+            table,
+            self._blocks.placement(table),
+            num_blocks,
+            self._stream.chunk_blocks,
+            self.group_columns,
+            self.split.cpu_share if has_host else 0.0,
+            beside,
+        )
 
-    def attend_beside(
-        self, table: BlockTable, query: torch.Tensor, call: ops.AttentionCall
-    ) -> bool:
-        """Let the CPU lane attend its part of the table's host blocks where they lie; whether there
-        is any. If so, `stream` the rest with `beside`, then `join_beside` the states."""
-        lane = self._cpu_lane
-        if lane is None or self.split.cpu_share == 0:
-            return False
-        if not lane.can_attend(query, self._layout.kv_heads, call):
-            return False
-        num_blocks = min(table.num_blocks, self._layout.num_blocks(call.kv_tokens))
-        parts = self._plan(table, num_blocks, beside=True).beside
-        if not parts:
-            return False
-        views = [part.view or self._show(part) for part in parts]
+    def resident_view(self, table: BlockTable, num_blocks: int) -> ops.BlockView | None:
+        """The blocks of a table that is wholly resident; None where there are cold blocks."""
+        runs = self._blocks.placement(table).runs
+        if len(runs) != 1 or not runs[0].is_resident or num_blocks == 0:
+            return None
+        self._counters.resident_reads += num_blocks * table.batch
+        view = self.last_view(table)
+        if num_blocks == table.num_blocks:
+            return view
+        return self.view(Chunk(0, view.table[:, :num_blocks]))
+
+    def slab(self, chunk: Chunk) -> torch.Tensor:
+        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
+        return self._memory[chunk.rung].slab
+
+    def view(self, chunk: Chunk) -> ops.BlockView:
+        """A chunk of a reading as the kernels take it."""
+        first_token = chunk.first * self.layout.block_tokens
+        return ops.BlockView(self.slab(chunk), chunk.slots, self.layout, first_token)
+
+    def last_view(self, table: BlockTable) -> ops.BlockView:
+        """The last run of a table, which is resident wherever something is appended."""
+        placement = self._blocks.placement(table)
+        if placement.view is None:
+            run = placement.runs[-1]
+            assert run.is_resident
+            placement.view = self.view(Chunk(run.first, run.slots))
+        return placement.view
+
+    def begin_beside(
+        self, parts: Sequence[InPlace], query: torch.Tensor, call: ops.AttentionCall
+    ) -> None:
+        """Let the CPU lane attend parts in host memory where they lie."""
         host = self._memory[HOST]
-        assert isinstance(host, HostLaneTier)
+        assert self._cpu_lane is not None and isinstance(host, HostLaneTier)
+        views = [part.view or self._show(part) for part in parts]
         with self._blocks.changing:
-            attended = lane.begin(query, views, call)
+            attended = self._cpu_lane.begin(query, views, call)
             for part in parts:
                 self._counters.in_place_reads += part.slots.numel()
                 host.keep(part.slot_list, attended)
-        return True
+
+    def can_attend_beside(self, query: torch.Tensor, call: ops.AttentionCall) -> bool:
+        """Whether a part of the host's blocks is for the CPU lane to attend."""
+        lane = self._cpu_lane
+        if lane is None or self.split.cpu_share == 0:
+            return False
+        return lane.can_attend(query, self.layout.kv_heads, call)
 
     def join_beside(self, state: ops.RunningState) -> None:
         """Fold what the CPU lane attended into the state of the rest. Now and then the lanes' parts
@@ -165,136 +179,114 @@ class BlockReader:
             with self._blocks.changing:
                 self._stream.clear()  # some of what is staged may not be wanted any more
 
-    def _plan(self, table: BlockTable, num_blocks: int, beside: bool) -> "_Plan":
-        """How the first columns of a table come to attention; made anew only after something of
-        its layer moved, or the shares of the lanes did."""
-        placement = self._blocks.placement(table)
-        key = (num_blocks, self.split.cpu_share, self._stream.chunk_blocks)
-        plan: _Plan | None = placement.plans.get(beside)
-        if plan is None or plan.key != key:
-            is_grouped = self.group_columns > 1 and not beside
-            parts = self._grouped_parts if is_grouped else self._parts
-            plan = self._plan_of(table, parts(placement, num_blocks, beside), key)
-            placement.plans[beside] = plan
-        return plan
+    def count(self, part: InPlace) -> None:
+        """Note that a part is read where it lies."""
+        with self._lock:
+            if part.run.is_resident:
+                self._counters.resident_reads += part.slots.numel()
+            else:
+                self._counters.in_place_reads += part.slots.numel()
 
-    def _plan_of(
-        self, table: BlockTable, parts: "Iterable[_Part | tuple[int, int]]", key: tuple[object, ...]
-    ) -> "_Plan":
-        """The same with columns that go through staging cut into what is staged at once."""
-        group = self.group_columns
-        columns = max(group, self._stream.chunk_blocks // max(1, table.batch) // group * group)
-        ready: list[_Part | _Staging] = []
-        cold: list[KVBlock] = []
-        for part in parts:
-            if isinstance(part, _Part):
-                ready.append(part)
-                continue
-            first, last = part
-            for begin in range(first, last, columns):
-                end = min(begin + columns, last)
-                blocks = [block for block in table.blocks(begin, end) if not block.is_resident]
-                cold += blocks
-                ready.append(_Staging(begin, end, blocks, len(cold)))
-        return _Plan(key, ready, cold)
-
-    def _parts(
-        self, placement: Placement, num_blocks: int, beside: bool
-    ) -> "Iterator[_Part | tuple[int, int]]":
-        """The first columns of a table, by how they come to attention: what is resident where it
-        lies, and so the oldest part of each run in host memory, as large as `split` says. The
-        others, [first, last), go through staging."""
-        shares_host = self._cpu_lane is None or beside
-        for run in placement.runs:
-            last = min(run.last, num_blocks)
-            if last <= run.first:
-                return
-            cut = run.first
-            if run.is_resident:
-                cut = last
-            elif run.rung == HOST < len(self._memory) and shares_host:
-                cut = min(last, run.first + round(self.split.cpu_share * (run.last - run.first)))
-            if cut > run.first:
-                yield _Part(run.first, cut, run)
-            if cut < last:
-                yield cut, last
-
-    def _grouped_parts(
-        self, placement: Placement, num_blocks: int, beside: bool
-    ) -> "Iterator[_Part | tuple[int, int]]":
-        """The same with borders between groups of columns only: a group that is partly cold goes
-        through staging, and its resident blocks are attended where they lie all the same."""
-        group, done = self.group_columns, 0
-        for run in [run for run in placement.runs if run.is_resident]:
-            first = -(-run.first // group) * group
-            last = num_blocks if run.last >= num_blocks else run.last // group * group
-            if first < last:
-                if done < first:
-                    yield done, first
-                yield _Part(first, last, run)
-                done = last
-        if done < num_blocks:
-            yield done, num_blocks
-
-    def resident_view(self, table: BlockTable, num_tokens: int) -> ops.BlockView | None:
-        """The blocks of a table that is wholly resident, in place of a `stream` of one chunk; None
-        where there are cold blocks."""
-        runs = self._blocks.placement(table).runs
-        if len(runs) != 1 or not runs[0].is_resident:
-            return None
-        columns = self._layout.num_blocks(num_tokens)
-        self._counters.resident_reads += columns * table.batch
-        view = self.last_view(table)
-        return view if columns == table.num_blocks else self.view(Chunk(0, view.table[:, :columns]))
-
-    def slab(self, chunk: Chunk) -> torch.Tensor:
-        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._memory[chunk.rung].slab
-
-    def view(self, chunk: Chunk) -> ops.BlockView:
-        """A chunk of `stream` as the kernels take it."""
-        first_token = chunk.first * self._layout.block_tokens
-        return ops.BlockView(self.slab(chunk), chunk.slots, self._layout, first_token)
-
-    def last_view(self, table: BlockTable) -> ops.BlockView:
-        """The last run of a table, which is resident wherever something is appended."""
-        placement = self._blocks.placement(table)
-        if placement.view is None:
-            run = placement.runs[-1]
-            assert run.is_resident
-            placement.view = self.view(Chunk(run.first, run.slots))
-        return placement.view
-
-    def _show(self, part: "_Part") -> ops.BlockView:
+    def _show(self, part: InPlace) -> ops.BlockView:
         """A part in host memory as the CPU lane takes it, made once."""
         part.view = self.view(Chunk(part.first, part.slots, HOST))
         return part.view
 
-    def _stage(
-        self,
-        table: BlockTable,
-        part: "_Staging",
-        plan: "_Plan",
-        scan: Sequence[BlockTable],
-        beside: bool,
-    ) -> Iterator[Chunk]:
-        """Bring columns through staging, and what comes next on its way."""
+    def stage(self, pin: Pin, table: BlockTable, part: Staging) -> torch.Tensor:
+        """Bring columns into staging, where `pin` keeps them; slots, int32 `[batch, columns]`.
+
+        Raises TierIOError when a cold block cannot be loaded or is not what was stored.
+        """
         cold = part.cold
-        with self._blocks.changing:
-            staged = self._stream.load(cold)
-        slots = staged
+        has_prefetched = self._begin(pin, table, cold)
+        try:
+            self._wait(pin, cold)
+        except TierIOError:
+            if not has_prefetched:
+                raise
+            self._begin(pin, table, cold)  # what failed while it was loaded ahead is tried again
+            self._wait(pin, cold)
+        slots = self._stream.slots(cold)
         if table.batch > 1 or len(cold) < part.last - part.first:
-            places = dict(zip(cold, staged, strict=True))
+            places = dict(zip(cold, slots, strict=True))
             rows = [row[part.first : part.last] for row in table.rows]
             slots = [b.device_slot if b.is_resident else places[b] for row in rows for b in row]
-        self._counters.cold_reads += len(cold)
         # An array first: torch takes a list apart three times as slowly.
-        flat = torch.frombuffer(array("i", slots), dtype=torch.int32)
-        yield Chunk(part.first, flat.view(table.batch, -1))
-        with self._blocks.changing:
-            self._stream.release(cold)
-            lists = self._upcoming(table, plan.cold, part.num_done, scan, beside)
-            self._stream.prefetch(chain.from_iterable(lists))
+        return torch.frombuffer(array("i", slots), dtype=torch.int32).view(table.batch, -1)
+
+    def unstage(
+        self,
+        pin: Pin,
+        table: BlockTable,
+        part: Staging,
+        plan: ReadingPlan,
+        scan: Sequence[BlockTable],
+        beside: bool,
+    ) -> None:
+        """The columns were attended: their slots are for what comes next."""
+        with self._lock:
+            pin.staged = ()
+            self.pins.wake()
+            if self._blocks.changing.was_interrupted:  # by another thread: all that is staged goes
+                return
+            others = self.pins.staged() if len(self.pins) > 1 else ()
+            with self._blocks.changing:
+                self._stream.release(
+                    [block for block in part.cold if block not in others] if others else part.cold
+                )
+                upcoming = self._upcoming(table, plan.cold, part.num_done, scan, beside)
+                self._stream.prefetch(chain.from_iterable(upcoming))
+
+    def _begin(self, pin: Pin, table: BlockTable, cold: Sequence[KVBlock]) -> bool:
+        """Start the loads of what is not staged yet; whether any of it was."""
+        with self._lock:
+            self._check_held(table)
+            kept = self.pins.staged() if len(self.pins) > 1 else set()
+            while kept and not self._stream.has_room(cold, kept):
+                if not self.pins.wait(lambda other: other.staged):
+                    raise BlockStateError(
+                        f"a reading of layer {table.layer} inside another one finds no staging slot"
+                    )
+                self._check_held(table)
+                kept = self.pins.staged()
+            with self._blocks.changing:
+                has_prefetched = self._stream.begin(cold, kept)
+            pin.staged = cold
+            self._counters.cold_reads += len(cold)
+            return has_prefetched
+
+    def _wait(self, pin: Pin, cold: Sequence[KVBlock]) -> None:
+        """Wait, or let the device wait, for the loads; when one fails none of them stays staged."""
+        transfers = self._stream.transfers(cold)
+        try:
+            pending = [transfer for transfer in transfers if not transfer.is_ready()]
+            if pending:
+                self._wait_for(pending)
+            for transfer in transfers:
+                if transfer.has_failed:
+                    transfer.wait()  # raises
+        except TierIOError:
+            with self._lock:
+                pin.staged = ()
+                self.pins.wake()
+                kept = self.pins.staged()
+                self._counters.cold_reads -= len(cold)
+                if not self._blocks.changing.was_interrupted:
+                    with self._blocks.changing:
+                        for block in cold:
+                            if block not in kept:
+                                self._stream.discard(block)
+            raise
+
+    def _wait_for(self, transfers: Sequence[Transfer]) -> None:
+        began = perf_counter()
+        try:
+            with span(LOAD_WAIT):
+                for transfer in transfers:
+                    transfer.hold_device()
+        finally:
+            with self._lock:
+                self._counters.load_wait_seconds += perf_counter() - began
 
     def _upcoming(
         self,
@@ -309,56 +301,99 @@ class BlockReader:
         yield cold[num_done:]
         here = next((i for i, other in enumerate(scan) if other is table), len(scan))
         for other in chain(scan[here + 1 :], scan[:here]):
-            yield self._plan(other, other.num_blocks, beside).cold
+            yield self.plan(other, other.num_blocks, beside).cold
         yield cold[:num_done]
 
 
-class _Reading:
-    """Lives in the frame of a `stream`, and so exactly as long."""
+class Reading:
+    """One reading of a table: a context, in which what is attended stays where it is.
 
-    __slots__ = ("__weakref__",)
+    A wholly resident table is `resident`; any other comes chunk by chunk. Where a device works
+    behind the host, whoever reads holds the manager's lock (`OffloadManager.read_lock`).
+    """
 
+    __slots__ = ("_num_blocks", "_pin", "_reader", "_scan", "_table", "beside", "resident")
 
-@dataclass(eq=False)
-class _Part:
-    """Columns [first, last) of a run, attended where they lie."""
+    def __init__(
+        self,
+        reader: BlockReader,
+        table: BlockTable,
+        scan: Sequence[BlockTable],
+        num_tokens: int | None,
+    ) -> None:
+        self._reader = reader
+        self._table = table
+        self._scan = scan
+        blocks = table.num_blocks
+        if num_tokens is not None:
+            blocks = min(blocks, reader.layout.num_blocks(num_tokens))
+        self._num_blocks = blocks
+        self._pin: Pin | None = None
+        self.beside = False
+        """Whether a part is attended by the CPU lane."""
+        self.resident: ops.BlockView | None = None
+        """All blocks, where all are on the device, in place of one chunk."""
 
-    first: int
-    last: int
-    run: Run
-    view: ops.BlockView | None = None
+    def __enter__(self) -> "Reading":
+        reader = self._reader
+        with reader._lock:
+            reader._check_held(self._table)
+            self._pin = reader.pins.add(self._table.layer)
+            self.resident = reader.resident_view(self._table, self._num_blocks)
+        return self
 
-    @cached_property
-    def slots(self) -> torch.Tensor:
-        """int32 [batch, last - first], on the run's rung."""
-        return self.run.slots[:, self.first - self.run.first : self.last - self.run.first]
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        pin, self._pin = self._pin, None
+        reader = self._reader
+        with reader._lock:
+            if pin is not None:
+                reader.pins.remove(pin)
+            if error is None:
+                reader._check_held(self._table)  # else what was read may have been zeros
 
-    @cached_property
-    def slot_list(self) -> list[int]:
-        """The same, row by row."""
-        return self.slots.flatten().tolist()
+    def attend_beside(self, query: torch.Tensor, call: ops.AttentionCall) -> None:
+        """Let the CPU lane attend its part of the host's blocks where they lie, if there is any:
+        `beside` then. `chunks` are the rest, and `join_beside` folds both."""
+        reader = self._reader
+        if reader.can_attend_beside(query, call):
+            parts = reader.plan(self._table, self._num_blocks, beside=True).in_host_memory
+            if parts:
+                reader.begin_beside(parts, query, call)
+                self.beside = True
 
+    def join_beside(self, state: ops.RunningState) -> None:
+        """Fold what the CPU lane attended into the state of the rest."""
+        self._reader.join_beside(state)
 
-@dataclass(frozen=True, eq=False)
-class _Staging:
-    """Columns [first, last) that go through staging at once."""
+    def chunks(self) -> Iterator[Chunk]:
+        """The columns in block order, chunk by chunk, each where attention can read it until the
+        next is asked for: resident runs where they lie, cold ones through staging, or in host
+        memory where the device is the CPU. Without those that are attended beside.
 
-    first: int
-    last: int
-    cold: list[KVBlock]  # those to be staged, each once
-    num_done: int  # of the plan's cold blocks, with these
+        Raises TierIOError when a cold block cannot be loaded or is not what was stored.
+        """
+        reader, table, pin = self._reader, self._table, self._pin
+        assert pin is not None, "a reading is entered first"
+        if self.resident is not None:
+            yield Chunk(0, self.resident.table)
+            return
+        with reader._lock:
+            plan = reader.plan(table, self._num_blocks, self.beside)
+        for part in plan.parts:
+            if isinstance(part, Staging):
+                yield Chunk(part.first, reader.stage(pin, table, part))
+                reader.unstage(pin, table, part, plan, self._scan, self.beside)
+            elif part.run.is_resident:
+                reader.count(part)
+                yield Chunk(part.first, part.slots)
+            elif not self.beside:
+                reader.count(part)
+                yield Chunk(part.first, part.slots, HOST)
 
+    def slab(self, chunk: Chunk) -> torch.Tensor:
+        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
+        return self._reader.slab(chunk)
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """How columns come to attention, in block order."""
-
-    key: tuple[object, ...]  # what it follows from, besides the placement
-    parts: list[_Part | _Staging]
-    cold: list[KVBlock]  # all that is staged
-
-    @cached_property
-    def beside(self) -> list[_Part]:
-        """The parts in host memory."""
-        parts = [part for part in self.parts if isinstance(part, _Part)]
-        return [part for part in parts if not part.run.is_resident]
+    def view(self, chunk: Chunk) -> ops.BlockView:
+        """A chunk as the kernels take it."""
+        return self._reader.view(chunk)

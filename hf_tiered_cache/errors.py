@@ -58,5 +58,10 @@ class BackwardError(TieredCacheError):
     """A gradient was asked for through the cache, which stores detached keys and values."""
 
 
+class TornBooksError(TieredCacheError):
+    """Another thread was interrupted (Ctrl-C) while it changed what this one waited for. Nothing
+    was changed here: call again."""
+
+
 class BlockStateError(TieredCacheError, AssertionError):
     """An internal law of the block tables is broken: a bug of this package, please report it."""

@@ -4,7 +4,8 @@ A full block is immutable. Which ones leave a rung says a policy (`demotion`), `
 down, `capacity` says what fits. Blocks never go up but through staging (`block_reader`).
 
 One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
-it; `lock` is held by whoever moves or reads blocks.
+it; `lock` is held by whoever changes the books, or looks at them, and by nobody while kernels run
+or disks are waited for: what is read then is pinned.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
-from hf_tiered_cache.block_reader import BlockReader
+from hf_tiered_cache.block_reader import BlockReader, Reading
 from hf_tiered_cache.capacity import Capacity
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.demotion import ByAge, DemotionPolicy
@@ -68,13 +69,35 @@ class OffloadManager:
         self._capacity = Capacity(
             layout, tiers, self.blocks, self._stream, staging_slots, group_columns, expected_tables
         )
-        self.stores = Stores(
-            tiers, memory, self.blocks, self._capacity, demotion or ByAge(), self.counters
-        )
         self._reader = BlockReader(
-            self.blocks, layout, memory, self._stream, self.counters, split, cpu_lane, group_columns
+            self.blocks,
+            layout,
+            memory,
+            self._stream,
+            self.counters,
+            split,
+            cpu_lane,
+            group_columns,
+            lock=self.lock,
+            check_held=self._check_held,
         )
+        self._pins = self._reader.pins
+        self.stores = Stores(
+            tiers,
+            memory,
+            self.blocks,
+            self._capacity,
+            demotion or ByAge(),
+            self.counters,
+            self._pins,
+        )
+        # Kernels of a device behind a lane return at once: nothing is gained by going on without.
+        self.read_lock: contextlib.AbstractContextManager[object] = (
+            contextlib.nullcontext() if device.lane is None else self.lock
+        )
+        """What a reader holds all the while."""
         self._abandoned: deque[BlockTable] = deque()
+        self.group_columns = group_columns
         self._neighbours: list[OffloadManager] = []  # on the same device budget
         self._is_closed = False
 
@@ -93,7 +116,7 @@ class OffloadManager:
         """Give device memory back to the budget, for a neighbour that has less than it needs: as
         much as this manager can go without, at most so many bytes. Nothing where the device's
         memory cannot shrink, or while blocks are being read."""
-        if self._reader.is_reading or not self.device_tier.can_shrink:
+        if len(self._pins) or not self.device_tier.can_shrink:
             return
         self._tidy()
         with self.blocks.changing:
@@ -227,9 +250,13 @@ class OffloadManager:
         if own is not None:
             self.device_tier.copy_block(own, slot)
             return
-        (staged,) = self._stream.load([block])
+        while not self._stream.has_room([block], self._pins.staged()):
+            if not self._pins.wait_within(self.blocks.changing):
+                raise self._capacity.out_of_blocks(1)
+        (staged,) = self._stream.load([block], self._pins.staged())
         self.device_tier.copy_block(staged, slot)
-        self._stream.release([block])
+        if block not in self._pins.staged():
+            self._stream.release([block])
 
     def _ensure_capacity(self, table: BlockTable, num_tokens: int) -> None:
         """Raise OutOfBlocksError unless `num_tokens` more tokens fit, whatever must be demoted for
@@ -251,15 +278,13 @@ class OffloadManager:
                     neighbour.yield_device(missing)
 
     def _resize_staging(self, num_slots: int) -> None:
-        before = self._stream.num_slots
-        if num_slots == before:
+        more = num_slots - self._stream.num_slots
+        if more == 0:
             return
+        while self._pins.staged() and self._pins.wait_within(self.blocks.changing):
+            pass  # staged blocks that are attended keep their slots
+        self.stores.make_room(max(more, 0))
         self._stream.resize(num_slots)
-        try:
-            self.stores.make_room(0)
-        except BaseException:
-            self._stream.resize(before)
-            raise
         if self._neighbours:
             self._stream.claim()
 
@@ -298,8 +323,9 @@ class OffloadManager:
 
     def _tidy(self) -> None:
         """What must be done before the books are read or changed."""
-        if self.blocks.changing.was_interrupted and not self._is_closed:
-            self._mend()
+        while self.blocks.changing.was_interrupted and not self._is_closed:
+            if not self._pins.wait(lambda pin: pin.staged):
+                self._mend()
         while self._abandoned:
             self._drop_table(self._abandoned.popleft())
 
@@ -324,11 +350,17 @@ class OffloadManager:
             self._stream.discard(block)
             self.stores.free_slots(block, first_rung=DEVICE)
 
-    def reader(self, table: BlockTable) -> BlockReader:
-        """What reads the table's blocks; raises ClosedCacheError when the table was dropped, or its
-        cache is closed."""
-        self._check_held(table)
-        return self._reader
+    def read(
+        self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
+    ) -> Reading:
+        """A reading of the table's blocks (those of its first `num_tokens` tokens), to be entered
+        while `read_lock` is held. Entering raises ClosedCacheError when the table was dropped, or
+        its cache is closed.
+
+        `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
+        along it.
+        """
+        return self._reader.read(table, scan, num_tokens)
 
     @property
     def split(self) -> LaneSplit:

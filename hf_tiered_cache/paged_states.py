@@ -188,7 +188,7 @@ class Snapshot:
             device=manager.device_tier.device,
         )
         done = 0
-        with manager.lock:
+        with manager.read_lock:
             for (tokens,) in self.chunks(part):
                 dense[:, :, done : done + tokens.shape[2]] = tokens
                 done += tokens.shape[2]
@@ -196,15 +196,16 @@ class Snapshot:
 
     def chunks(self, *parts: str) -> Iterator[list[torch.Tensor]]:
         """The tokens of "keys" or "values" or both, `[batch, kv_heads, some tokens, dim]`, in
-        order. The caller holds the manager's lock; a chunk is good until the next is asked for."""
-        layout, manager = self.layout, self.manager
-        reader = manager.reader(self.table)
-        for chunk in reader.stream(self.table, self.scan, self.num_tokens):
-            num_tokens = self.num_tokens - chunk.first * layout.block_tokens
-            slab, slots = reader.slab(chunk), chunk.slots.long()
-            # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
-            views = [getattr(layout, part)(slab)[slots].transpose(1, 2) for part in parts]
-            yield [view.flatten(2, 3)[:, :, :num_tokens] for view in views]
+        order. The caller holds the manager's `read_lock`; a chunk is good until the next is asked
+        for."""
+        layout = self.layout
+        with self.manager.read(self.table, self.scan, self.num_tokens) as reading:
+            for chunk in reading.chunks():
+                num_tokens = self.num_tokens - chunk.first * layout.block_tokens
+                slab, slots = reading.slab(chunk), chunk.slots.long()
+                # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
+                views = [getattr(layout, part)(slab)[slots].transpose(1, 2) for part in parts]
+                yield [view.flatten(2, 3)[:, :, :num_tokens] for view in views]
 
 
 class PagedStates(ReadOnlyTensor):

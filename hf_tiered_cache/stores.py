@@ -13,6 +13,7 @@ from hf_tiered_cache.capacity import Capacity
 from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.metrics import Counters, span
+from hf_tiered_cache.pins import Pins
 from hf_tiered_cache.tiers.base import DONE, Tier
 from hf_tiered_cache.tiers.lane_tier import HostLaneTier
 from hf_tiered_cache.tiers.memory import MemoryTier
@@ -37,6 +38,7 @@ class Stores:
         capacity: Capacity,
         policy: DemotionPolicy,
         counters: Counters,
+        pins: Pins,
     ) -> None:
         assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
         self._tiers = tiers
@@ -45,20 +47,24 @@ class Stores:
         self._capacity = capacity
         self._policy = policy
         self._counters = counters
+        self._pins = pins
         # That nobody waited for yet, by rung, in order of their start.
         self._under_way: list[dict[KVBlock, None]] = [{} for _ in tiers]
 
     def make_room(self, num_blocks: int, rung: int = DEVICE) -> None:
         """Demote blocks of a rung, as the policy chooses, until `num_blocks` slots of it are free.
 
-        Raises OutOfBlocksError when everything left there must stay, TierIOError when a store
-        failed (the block stays where it is).
+        What is being read stays; if there is nothing else, the readers are waited for. Raises
+        OutOfBlocksError when everything left there must stay, TierIOError when a store failed (the
+        block stays where it is).
         """
         while self._capacity.num_free(rung) < num_blocks:
             block = None
             if rung < self._capacity.last_rung:
                 block = self._next_to_demote(rung, self._capacity.num_below(rung) > 0)
             if block is None:
+                if self._pins.wait_within(self._blocks.changing):
+                    continue  # what was read may have become free to go
                 raise self._capacity.out_of_blocks(num_blocks)
             copy = block.copy_below(rung)
             if copy is None:
@@ -111,6 +117,8 @@ class Stores:
 
     def _next_to_demote(self, rung: int, may_store: bool) -> KVBlock | None:
         waiting = self._blocks.waiting[rung]
+        if len(self._pins):
+            waiting = waiting.without(self._pins.layers)
         block = self._policy.next_to_demote(waiting, may_store)
         if block is not None and not (may_store and block in waiting.dirty[block.layer]):
             self._check_choice(block in waiting.clean[block.layer], block, waiting)

@@ -9,18 +9,18 @@ On a device with a copy lane the slot of an attended block is filled again only 
 which lags behind, is past the attention that reads it: `release` marks that moment.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import filterfalse, islice, repeat
 from time import perf_counter
 
 from hf_tiered_cache import tracing
 from hf_tiered_cache.block_manager import DEVICE, KVBlock
 from hf_tiered_cache.errors import TierIOError
-from hf_tiered_cache.metrics import Counters, span
+from hf_tiered_cache.metrics import Counters
 from hf_tiered_cache.tiers.base import DONE, Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.lane import Mark
-from hf_tiered_cache.tracing import LOAD, LOAD_WAIT
+from hf_tiered_cache.tracing import LOAD
 
 # One read of neighbouring records up to this size: below it the calls, not the bytes, cost.
 READ_BYTES = 1024 * 1024
@@ -36,9 +36,9 @@ _Staged = tuple[int, Transfer]  # the staging slot of a block and its load
 class BlockStream:
     """Loads cold blocks into at most `num_slots` staging slots, ahead of their use.
 
-    A staged block is wanted (loading or loaded, not yet attended). `load` returns when its blocks
-    are in staging; `release` makes their slots free for the next ones. Anything staged may be
-    discarded: a tier below still holds it. Loads come from the highest one that does.
+    A staged block is wanted (loading or loaded, not yet attended). `begin` starts the loads of what
+    is to be attended next, `release` makes its slots free for the next ones. Anything else that is
+    staged may be discarded: a tier below still holds it. Loads come from the highest one that does.
     """
 
     def __init__(self, tiers: Sequence[Tier], num_slots: int, counters: Counters) -> None:
@@ -73,8 +73,9 @@ class BlockStream:
         return self._num_slots - self.num_taken
 
     def resize(self, num_slots: int) -> None:
-        """Allow so many staging slots, giving back those above it. Where that is more than before,
-        the caller sees to it that the device tier can give them."""
+        """Allow so many staging slots, giving back those above it: nothing that is staged may be
+        attended then. Where that is more than before, the caller sees to it that the device tier
+        can give them."""
         self._num_slots = num_slots
         while self.num_reserved < 0:
             if not self._free:
@@ -90,24 +91,54 @@ class BlockStream:
             assert slot is not None, "the caller sees to it that the device tier can give them"
             self._free.append(slot)
 
-    def load(self, blocks: Sequence[KVBlock]) -> list[int]:
-        """Wait until all `blocks` (at most `num_slots`, no repeats) are staged; return their slots.
+    def has_room(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock]) -> bool:
+        """Whether all `blocks` (at most `num_slots`, no repeats) can be staged while those in
+        `kept` stay, which are attended just now."""
+        wanted = self._num_slots - sum(block not in kept for block in blocks)
+        return wanted >= len(kept)
 
-        What failed while it was loaded ahead is tried once more. Raises TierIOError when a load
-        failed; the blocks are then no longer staged, and a later call tries again.
-        """
-        staged = self._staged
-        missing = [block for block in blocks if block not in staged]
-        has_prefetched = len(missing) < len(blocks)
+    def begin(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock] = ()) -> bool:
+        """Start loading those of `blocks`, for which there is room, that are not staged yet;
+        whether any was."""
+        missing = [block for block in blocks if block not in self._staged]
+        surplus = len(missing) - len(self._free) - self.num_reserved
+        if surplus > 0:
+            wanted = {*blocks, *kept}
+            # What lies furthest ahead gives way: it is the last to be used.
+            for block in [b for b in reversed(self._staged) if b not in wanted][:surplus]:
+                self.discard(block)
+        self._start(missing)
+        return len(missing) < len(blocks)
+
+    def load(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock] = ()) -> list[int]:
+        """`begin` and wait; the slots. What failed while it was loaded ahead is tried once more.
+        Raises TierIOError when a load failed; the blocks are then no longer staged."""
+        has_prefetched = self.begin(blocks, kept)
         try:
-            self._start_missing(blocks, missing)
             self._wait(blocks)
         except TierIOError:
             if not has_prefetched:
                 raise
-            self._start_missing(blocks, [block for block in blocks if block not in staged])
+            self.begin(blocks, kept)
             self._wait(blocks)
-        return [staged[block][0] for block in blocks]
+        return self.slots(blocks)
+
+    def _wait(self, blocks: Sequence[KVBlock]) -> None:
+        try:
+            for transfer in self.transfers(blocks):
+                transfer.hold_device()
+        except TierIOError:
+            for block in blocks:
+                self.discard(block)
+            raise
+
+    def transfers(self, blocks: Iterable[KVBlock]) -> list[Transfer]:
+        """The loads of staged blocks, each once."""
+        return list(dict.fromkeys([self._staged[block][1] for block in blocks]))
+
+    def slots(self, blocks: Iterable[KVBlock]) -> list[int]:
+        """Where blocks are staged."""
+        return [self._staged[block][0] for block in blocks]
 
     def release(self, blocks: Iterable[KVBlock]) -> None:
         """The blocks were attended; their staging slots are free."""
@@ -150,34 +181,6 @@ class BlockStream:
         self._staged.clear()
         self._last_reads.clear()
         self._free.clear()
-
-    def _start_missing(self, blocks: Sequence[KVBlock], missing: Sequence[KVBlock]) -> None:
-        """Start the loads of those of `blocks` that are not staged."""
-        surplus = len(missing) - len(self._free) - self.num_reserved
-        if surplus > 0:
-            wanted = set(blocks)
-            # What lies furthest ahead gives way: it is the last to be used.
-            for block in [b for b in reversed(self._staged) if b not in wanted][:surplus]:
-                self.discard(block)
-        self._start(missing)
-
-    def _wait(self, blocks: Sequence[KVBlock]) -> None:
-        """Wait, or let the device wait, for the loads of staged blocks; when one fails none of them
-        stays staged."""
-        transfers = dict.fromkeys([self._staged[block][1] for block in blocks])
-        try:
-            pending = [transfer for transfer in transfers if not transfer.is_ready()]
-            if pending:
-                with span(LOAD_WAIT), self._counters.waiting("load_wait_seconds"):
-                    for transfer in pending:
-                        transfer.hold_device()
-            for transfer in transfers:
-                if transfer.has_failed:
-                    transfer.wait()  # raises
-        except BaseException:
-            for block in blocks:
-                self.discard(block)
-            raise
 
     def _start(self, blocks: Sequence[KVBlock]) -> None:
         """Start the loads of `blocks`, neighbouring records in one read."""

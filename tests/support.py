@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiers.faulty_file import FaultyFile
 from torch import Tensor
 
 from hf_tiered_cache.block_manager import BlockTable
+from hf_tiered_cache.block_reader import Chunk
 from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout
@@ -116,6 +118,17 @@ def new_tokens(batch: int, num_tokens: int, layout: BlockLayout = LAYOUT) -> tup
     return keys, values
 
 
+def chunks(
+    manager: OffloadManager,
+    table: BlockTable,
+    scan: Sequence[BlockTable] = (),
+    num_tokens: int | None = None,
+) -> Iterator[Chunk]:
+    """The chunks of one reading."""
+    with manager.read_lock, manager.read(table, scan, num_tokens) as reading:
+        yield from reading.chunks()
+
+
 def read_table(
     manager: OffloadManager, table: BlockTable, scan: list[BlockTable] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -124,11 +137,10 @@ def read_table(
     keys = torch.full((table.batch, layout.kv_heads, table.num_tokens, layout.key_dim), torch.nan)
     values = torch.full((*keys.shape[:3], layout.value_dim), torch.nan)
     next_column = 0
-    reader = manager.reader(table)
-    for chunk in reader.stream(table, scan or [table]):
-        slab = reader.slab(chunk)
+    for chunk in chunks(manager, table, scan or [table]):
+        slab = manager.tiers[chunk.rung].slab
         assert chunk.first == next_column, "columns come in order, each once"
-        assert chunk.first % reader.group_columns == 0, "chunks begin with a group"
+        assert chunk.first % manager.group_columns == 0, "chunks begin with a group"
         for offset, slots in enumerate(chunk.slots.long().unbind(1)):
             first = (chunk.first + offset) * layout.block_tokens
             last = min(first + layout.block_tokens, table.num_tokens)

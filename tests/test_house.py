@@ -36,6 +36,8 @@ FLOORS = {
     "registry": 1,
     "demotion": 6,
     "capacity": 7,
+    "pins": 6,
+    "reading_plan": 6,
     "block_reader": 7,
     "read_only": 1,
     "stores": 8,

@@ -12,6 +12,7 @@ from support import (
     Footprint,
     Shadowed,
     addresses,
+    chunks,
     make_manager,
     settle,
 )
@@ -219,11 +220,10 @@ def test_a_group_that_is_partly_cold_comes_whole_and_loads_what_is_cold(tmp_path
     layer.append(11 * BLOCK_TOKENS)
     settle(manager)
     assert [block.is_resident for block in layer.table.rows[0]] == [False] * 5 + [True] * 6
-    chunks = [
-        (chunk.first, chunk.slots.shape[1])
-        for chunk in manager.reader(layer.table).stream(layer.table, [layer.table])
+    borders = [
+        (chunk.first, chunk.slots.shape[1]) for chunk in chunks(manager, layer.table, [layer.table])
     ]
-    assert chunks == [(0, 4), (4, 4), (8, 3)]
+    assert borders == [(0, 4), (4, 4), (8, 3)]
     assert manager.counters.cold_reads == 5
     layer.check()
 
@@ -331,7 +331,7 @@ def test_a_host_copy_that_is_being_loaded_may_be_dropped():
     manager = late_manager(link, 2 + 4, 3, 1000, staging=2)
     layer = Shadowed.new(manager)
     layer.append(9 * BLOCK_TOKENS)
-    stream = manager.reader(layer.table).stream(layer.table, [layer.table])
+    stream = chunks(manager, layer.table, [layer.table])
     for _ in range(4):
         next(stream)  # loads of the next cold blocks are under way
     stream.close()

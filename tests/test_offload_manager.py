@@ -12,6 +12,7 @@ from support import (
     BLOCK_TOKENS,
     Footprint,
     Shadowed,
+    chunks,
     make_manager,
     new_tokens,
     placement,
@@ -366,7 +367,7 @@ def test_a_dropped_table_is_neither_read_nor_written(tmp_path):
     layer.append(3)
     layer.drop()
     with pytest.raises(ClosedCacheError, match="is gone"):
-        next(manager.reader(layer.table).stream(layer.table, []))
+        next(chunks(manager, layer.table, []))
     with pytest.raises(ClosedCacheError, match="is gone"):
         layer.append(1)
 
@@ -375,11 +376,9 @@ def test_a_stream_of_a_prefix_reads_no_block_behind_it(tmp_path):
     manager = make_manager(tmp_path, device_blocks=2 + 2)
     layer = Shadowed.new(manager)
     layer.append(8 * BLOCK_TOKENS)
-    chunks = list(
-        manager.reader(layer.table).stream(layer.table, [], num_tokens=2 * BLOCK_TOKENS + 1)
-    )
-    assert [chunk.first for chunk in chunks] == [0, 1, 2]
-    assert list(manager.reader(layer.table).stream(layer.table, [], num_tokens=0)) == []
+    prefix = list(chunks(manager, layer.table, [], num_tokens=2 * BLOCK_TOKENS + 1))
+    assert [chunk.first for chunk in prefix] == [0, 1, 2]
+    assert list(chunks(manager, layer.table, [], num_tokens=0)) == []
 
 
 def failing_layer(folder, **sizes) -> tuple[Shadowed, object]:
@@ -521,7 +520,7 @@ def test_a_closed_manager_refuses_to_work_and_lets_tables_go(tmp_path):
     with pytest.raises(ClosedCacheError, match="make a new TieredCache"):
         layer.append(1)
     with pytest.raises(ClosedCacheError):
-        next(manager.reader(layer.table).stream(layer.table, []))
+        next(chunks(manager, layer.table, []))
     with pytest.raises(ClosedCacheError):
         manager.new_table(1, 1)
     manager.drop_table(layer.table)
@@ -545,6 +544,6 @@ def test_bfloat16_blocks_of_odd_head_sizes_come_back_whole(tmp_path):
     manager.append(table, keys, values)
     got = [
         (layout.keys(manager.device_tier.slab)[chunk.slots[0].long()].transpose(0, 1).flatten(1, 2))
-        for chunk in manager.reader(table).stream(table, [table])
+        for chunk in chunks(manager, table, [table])
     ]
     assert torch.equal(torch.cat(got, 1)[:, :37], keys[0])

@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from support import LAYOUT, RecordingDisk, Shadowed, make_manager, placement
+from support import LAYOUT, RecordingDisk, Shadowed, chunks, make_manager, placement
 from tiers import faulty_file as faults
 
 from hf_tiered_cache.block_manager import KVBlock
@@ -170,7 +170,7 @@ def records(shadow: Shadowed) -> list[int]:
 def test_loads_run_ahead_into_the_next_layers(tmp_path):
     shadows, disk = layers(tmp_path, num_layers=2, device_blocks=20, staging=3)
     scan = [shadow.table for shadow in shadows]
-    stream = shadows[0].manager.reader(scan[0]).stream(scan[0], scan)
+    stream = chunks(shadows[0].manager, scan[0], scan)
     next(stream)
     assert disk.read_slots == records(shadows[0])[:1]
     next(stream)  # the first block was attended: all three slots are free for what comes next
@@ -198,7 +198,7 @@ def test_loads_run_ahead_across_the_token_boundary(tmp_path):
     first = records(shadows[0])
     assert disk.read_slots[-2:] == first  # the next token's first layer, before it was asked for
     num_reads = len(disk.read_slots)
-    stream = shadows[0].manager.reader(scan[0]).stream(scan[0], scan)
+    stream = chunks(shadows[0].manager, scan[0], scan)
     next(stream)
     assert len(disk.read_slots) == num_reads
     stream.close()
@@ -207,7 +207,7 @@ def test_loads_run_ahead_across_the_token_boundary(tmp_path):
 def test_an_abandoned_stream_leaves_the_ring_usable(tmp_path):
     shadows, _ = layers(tmp_path, num_layers=2, device_blocks=12, staging=2)
     for shadow in [*shadows, *shadows]:
-        stream = shadow.manager.reader(shadow.table).stream(shadow.table, [shadow.table])
+        stream = chunks(shadow.manager, shadow.table, [shadow.table])
         next(stream)
         stream.close()
         shadow.manager.check_integrity()

@@ -9,7 +9,7 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from transformers import DynamicCache
 
 from hf_tiered_cache import TieredCache, TieredCacheConfig
-from hf_tiered_cache.block_reader import BlockReader
+from hf_tiered_cache.block_reader import Reading
 from hf_tiered_cache.config import Budgets
 from hf_tiered_cache.errors import ConfigError, OutOfBlocksError
 
@@ -153,13 +153,13 @@ def test_prompt_lookup_crops_across_rungs(make_cache):
 def test_the_oracle_would_notice_blocks_lost_on_the_host(make_cache, monkeypatch):
     model = tiny_model("Llama")
     expected, _ = run(model, DynamicCache())
-    whole = BlockReader.stream
+    whole = Reading.chunks
 
-    def without_host(self, table, *arguments):
-        on_host = {i for i, b in enumerate(table.rows[0]) if b.copy_below(-1) == 1}
-        return iter([c for c in whole(self, table, *arguments) if c.first not in on_host])
+    def without_host(self):
+        on_host = {i for i, b in enumerate(self._table.rows[0]) if b.copy_below(-1) == 1}
+        return iter([c for c in whole(self) if c.first not in on_host])
 
-    monkeypatch.setattr(BlockReader, "stream", without_host)
+    monkeypatch.setattr(Reading, "chunks", without_host)
     tokens, _ = run(model, make_cache(model.config, LEAST, host_bytes=7 * BLOCK))
     assert not torch.equal(tokens, expected)
 

@@ -75,7 +75,21 @@ MUTANTS = {
         "score == max ? 1.0f : expf(score - max)",
         "expf(score - max)",
     ),
-    "a row without a sum is divided": ("fold.cu", "sum == 0.0f ? 0.0f : acc[i]", "acc[i]"),
+    "a row without a sum is divided": (
+        "fold.cu",
+        "sum == 0.0f ? 0.0f : acc * shrink",
+        "acc * shrink",
+    ),
+    "slices of a row that is folded in place": (
+        "fold.cu",
+        "params.from.rows.acc != nullptr && params.to.rows.acc != nullptr",
+        "false",
+    ),
+    "no barrier before weighted values are folded": (
+        "fold.cu",
+        "loads.Store(memory);\n    __syncthreads();",
+        "loads.Store(memory);",
+    ),
     "the mask of the first head for all": (
         "geometry.cuh",
         "row.head * p.mask_stride[1]",

@@ -7,6 +7,7 @@
 #include "fold.h"
 #include "launch.cuh"
 #include "partial.cuh"
+#include "tensor_partial.cuh"
 
 namespace hf_tiered_cache {
 namespace {
@@ -70,23 +71,24 @@ using Kernel = void (*)(AttentionParams, Round);
 struct Variant {
   Kernel kernel;
   int rows;
+  int threads;
   int shared_bytes;
 };
 
 template <DType kType, int kRows, int kLanes, bool kAligned>
 Variant variant() {
-  return {&PartialKernel<kType, kRows, kLanes, kAligned>, kRows,
+  return {&PartialKernel<kType, kRows, kLanes, kAligned>, kRows, kThreads,
           static_cast<int>(sizeof(PartialMemory<kRows, kLanes>))};
 }
 
-// Tiles of 4 or 8 rows. Fewer rows than 4 would be no faster, as memory binds them; more than 8
-// would not fit the registers; float32 is too rare for two.
-template <DType kType, int kLanes>
-Variant variant_of_rows(int64_t rows) {
-  if constexpr (kType != DType::kFloat32) {
-    if (rows > 4) return variant<kType, 8, kLanes, true>();
+template <DType kType, int kChunks, bool kIsExact>
+Variant tensor_variant(int64_t rows) {
+  if (rows > kHalfRows) {
+    return {&TensorPartialKernel<kType, 2 * kHalfRows, kChunks, kIsExact>, 2 * kHalfRows,
+            kTensorThreads, static_cast<int>(sizeof(TensorMemory<2 * kHalfRows, kChunks>))};
   }
-  return variant<kType, 4, kLanes, true>();
+  return {&TensorPartialKernel<kType, kHalfRows, kChunks, kIsExact>, kHalfRows, kTensorThreads,
+          static_cast<int>(sizeof(TensorMemory<kHalfRows, kChunks>))};
 }
 
 bool is_aligned(const AttentionParams& p) {
@@ -101,18 +103,28 @@ template <DType kType>
 Variant choose_variant(const AttentionParams& p, int64_t rows) {
   if (!is_aligned(p)) return variant<kType, 4, 32, false>();
   const int64_t dim = Max(p.view.key_dim, p.view.value_dim);
-  if (dim <= 8 * kPack) return variant_of_rows<kType, 8>(rows);
-  if (dim <= 16 * kPack) return variant_of_rows<kType, 16>(rows);
-  return variant_of_rows<kType, 32>(rows);
+  if constexpr (kType == DType::kFloat32) {
+    if (dim <= 8 * kPack) return variant<kType, 4, 8, true>();
+    if (dim <= 16 * kPack) return variant<kType, 4, 16, true>();
+    return variant<kType, 4, 32, true>();
+  } else {
+    if (p.view.key_dim == p.view.value_dim) {
+      if (dim == kChunkDims) return tensor_variant<kType, 1, true>(rows);
+      if (dim == 2 * kChunkDims) return tensor_variant<kType, 2, true>(rows);
+      if (dim == 4 * kChunkDims) return tensor_variant<kType, 4, true>(rows);
+    }
+    if (dim <= 2 * kChunkDims) return tensor_variant<kType, 2, false>(rows);
+    return tensor_variant<kType, 4, false>(rows);
+  }
 }
 
 cudaError_t make_partials(void* stream, const AttentionParams& p, Round round) {
-  const int64_t rows = p.heads / p.view.kv_heads * round.queries;
+  const int64_t rows = static_cast<int64_t>(round.group) * round.queries;
   const Variant variant =
       with_dtype(p.dtype, [&](auto type) { return choose_variant<type.value>(p, rows); });
-  round.row_tiles = DivideUp(rows, variant.rows);
+  round.row_tiles = static_cast<uint32_t>(DivideUp(rows, variant.rows));
   const dim3 grid(round.units * round.row_tiles, p.view.kv_heads, p.batch);
-  return launch(stream, grid, kThreads, variant.shared_bytes, variant.kernel, p, round);
+  return launch(stream, grid, variant.threads, variant.shared_bytes, variant.kernel, p, round);
 }
 
 // All units of the queries [first_query, first_query + queries).
@@ -130,9 +142,10 @@ CudaStatus attend_queries(void* stream, const AttentionParams& p, const Plan& pl
     Round round = {};
     round.first_unit = unit;
     round.units = Min(plan.units_per_round, plan.units - unit);
-    round.units_per_block = plan.units_per_block;
+    round.units_per_block = static_cast<uint32_t>(plan.units_per_block);
     round.first_query = first_query;
-    round.queries = queries;
+    round.queries = static_cast<uint32_t>(queries);
+    round.group = static_cast<uint32_t>(p.heads / p.view.kv_heads);
     float* memory = scratch;
     round.partials = take_rows(memory, rows * round.units, p.view.value_dim);
     if (round.units > 0) {

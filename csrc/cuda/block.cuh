@@ -21,7 +21,7 @@ __device__ __forceinline__ float NotANumber() { return __uint_as_float(0x7ffffff
 
 __host__ __device__ __forceinline__ int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 __host__ __device__ __forceinline__ int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-__host__ __device__ __forceinline__ int64_t DivideUp(int64_t a, int64_t b) {
+__host__ __device__ constexpr int64_t DivideUp(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 

@@ -15,42 +15,43 @@ namespace {
 constexpr int kUnitTokens = 256;
 
 // What one launch does of a call: units [first_unit, first_unit + units) of queries [first_query,
-// first_query + queries), as partials [units][batch, heads, queries].
+// first_query + queries), as partials [units][batch, heads, queries]. Numbers that are divided by
+// have 32 bits: a division of 64 is a hundred instructions.
 struct Round {
   int64_t first_unit;
   int64_t units;
-  int64_t units_per_block;
+  uint32_t units_per_block;
   int64_t first_query;
-  int64_t queries;
-  int64_t row_tiles;
+  uint32_t queries;
+  uint32_t row_tiles;
+  uint32_t group;  // heads of a kv_head
   RunningStateRows partials;
 };
 
 struct Row {
-  int64_t head;
+  uint32_t head;
   int64_t query;
 };
 
 // Tokens [begin, end) of the unit that some row of the tile may attend, counted from its first.
 // Nothing outside is ever read: the rest of the block may hold anything.
 struct Tile {
-  int64_t sequence;
-  int64_t kv_head;
-  int64_t unit;       // of the round
-  int64_t column;     // of the table
-  int64_t first_row;  // rows [first_row, first_row + rows) of the kv_head
+  uint32_t sequence;
+  uint32_t kv_head;
+  uint32_t unit;       // of the round
+  uint32_t column;     // of the table
+  uint32_t first_row;  // rows [first_row, first_row + rows) of the kv_head
   int rows;
-  int64_t offset;    // tokens from the block's first to the unit's
+  uint32_t offset;   // tokens from the block's first to the unit's
   int64_t position;  // of the unit's first token
   int begin;
   int end;
 };
 
-__device__ __forceinline__ Row RowOf(const AttentionParams& p, const Round& round, const Tile& tile,
-                                     int row) {
-  const int64_t group = p.heads / p.view.kv_heads;
-  const int64_t number = tile.first_row + row;
-  return {tile.kv_head * group + number % group, round.first_query + number / group};
+__device__ __forceinline__ Row RowOf(const Round& round, const Tile& tile, int row) {
+  const uint32_t number = tile.first_row + row;
+  return {tile.kv_head * round.group + number % round.group,
+          round.first_query + number / round.group};
 }
 
 // The tile of this CUDA block: grid (units x row tiles, kv_heads, batch), the tiles that read the
@@ -62,9 +63,8 @@ __device__ __forceinline__ Tile ThisTile(const AttentionParams& p, const Round& 
   tile.kv_head = blockIdx.y;
   tile.unit = blockIdx.x / round.row_tiles;
   tile.first_row = blockIdx.x % round.row_tiles * kRows;
-  const int64_t all_rows = p.heads / p.view.kv_heads * round.queries;
-  tile.rows = static_cast<int>(Min(kRows, all_rows - tile.first_row));
-  const int64_t number = round.first_unit + tile.unit;
+  tile.rows = static_cast<int>(Min(kRows, round.group * round.queries - tile.first_row));
+  const uint32_t number = static_cast<uint32_t>(round.first_unit + tile.unit);
   tile.column = number / round.units_per_block;
   tile.offset = number % round.units_per_block * kUnitTokens;
   tile.position = p.first_token + tile.column * p.view.block_tokens + tile.offset;
@@ -73,7 +73,7 @@ __device__ __forceinline__ Tile ThisTile(const AttentionParams& p, const Round& 
       Min(Min(kUnitTokens, p.view.block_tokens - tile.offset), p.kv_tokens - tile.position);
   if (p.starts != nullptr) begin = Max(0, p.starts[tile.sequence] - tile.position);
   if (p.causal) {
-    const int64_t last_query = RowOf(p, round, tile, tile.rows - 1).query;
+    const int64_t last_query = RowOf(round, tile, tile.rows - 1).query;
     end = Min(end, p.query_start + last_query + 1 - tile.position);
   }
   tile.end = static_cast<int>(Max(0, end));
@@ -84,8 +84,11 @@ __device__ __forceinline__ Tile ThisTile(const AttentionParams& p, const Round& 
 // Where the row's partial is in the round.
 __device__ __forceinline__ int64_t PartialIndex(const AttentionParams& p, const Round& round,
                                                 const Tile& tile, const Row& row) {
-  return ((tile.unit * p.batch + tile.sequence) * p.heads + row.head) * round.queries + row.query -
-         round.first_query;
+  const uint32_t batch = static_cast<uint32_t>(p.batch);
+  const uint32_t heads = static_cast<uint32_t>(p.heads);
+  return static_cast<int64_t>((tile.unit * batch + tile.sequence) * heads + row.head) *
+             round.queries +
+         row.query - round.first_query;
 }
 
 // The keys and the values of the unit, one row per token.

@@ -55,7 +55,7 @@ __device__ __forceinline__ void LoadQueries(const AttentionParams& p, const Roun
     const int dim = i % kDims;
     float value = 0.0f;
     if (i / kDims < tile.rows && dim < p.view.key_dim) {
-      const Row row = RowOf(p, round, tile, i / kDims);
+      const Row row = RowOf(round, tile, i / kDims);
       const auto* query = static_cast<const Element<kType>*>(p.query) +
                           tile.sequence * p.query_stride[0] + row.head * p.query_stride[1] +
                           row.query * p.query_stride[2];
@@ -139,7 +139,7 @@ __device__ __forceinline__ void MakeWeights(const AttentionParams& p, const Roun
   constexpr int kTogether = kThreads / kRows;
   const int number = threadIdx.x % kRows;
   const bool is_row = number < tile.rows;
-  const Row row = RowOf(p, round, tile, is_row ? number : 0);
+  const Row row = RowOf(round, tile, is_row ? number : 0);
   float max = MinusInfinity();
   for (int begin = tile.begin; begin < tile.end; begin += kTogether) {
     const int t = begin + threadIdx.x / kRows;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void StoreValues(const AttentionParams& p, const Roun
 #pragma unroll
   for (int number = 0; number < kRows; ++number) {
     if (number >= tile.rows) break;
-    const Row row = RowOf(p, round, tile, number);
+    const Row row = RowOf(round, tile, number);
     float* to = round.partials.acc + PartialIndex(p, round, tile, row) * dim;
     if constexpr (kAligned) {
       if (first < dim) {
@@ -280,7 +280,7 @@ __device__ __forceinline__ void StoreSame(const AttentionParams& p, const Round&
                                           const Tile& tile, float max, float sum) {
   if (threadIdx.x < tile.rows) {
     const int64_t index =
-        PartialIndex(p, round, tile, RowOf(p, round, tile, static_cast<int>(threadIdx.x)));
+        PartialIndex(p, round, tile, RowOf(round, tile, static_cast<int>(threadIdx.x)));
     round.partials.max[index] = max;
     round.partials.sum[index] = sum;
   }

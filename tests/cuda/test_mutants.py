@@ -51,8 +51,8 @@ MUTANTS = {
     ),
     "the head of the wrong group": (
         "geometry.cuh",
-        "tile.kv_head * group + number % group",
-        "tile.kv_head + number % group * p.view.kv_heads",
+        "tile.kv_head * round.group + number % round.group",
+        "static_cast<uint32_t>(tile.kv_head + number % round.group * p.view.kv_heads)",
     ),
     "a query sees the token behind it": (
         "geometry.cuh",
@@ -75,7 +75,21 @@ MUTANTS = {
         "score == max ? 1.0f : expf(score - max)",
         "expf(score - max)",
     ),
-    "a row without a sum is divided": ("fold.cu", "sum == 0.0f ? 0.0f : acc[i]", "acc[i]"),
+    "a row without a sum is divided": (
+        "fold.cu",
+        "sum == 0.0f ? 0.0f : acc * shrink",
+        "acc * shrink",
+    ),
+    "slices of a row that is folded in place": (
+        "fold.cu",
+        "params.from.rows.acc != nullptr && params.to.rows.acc != nullptr",
+        "false",
+    ),
+    "no barrier before weighted values are folded": (
+        "fold.cu",
+        "loads.Store(memory);\n    __syncthreads();",
+        "loads.Store(memory);",
+    ),
     "the mask of the first head for all": (
         "geometry.cuh",
         "row.head * p.mask_stride[1]",
@@ -106,6 +120,52 @@ MUTANTS = {
         "if (slot < 0 || slot >= p.view.num_slots)",
         "if (false)",
     ),
+    "tensor: no barrier between queries and products": (
+        "tensor_partial.cuh",
+        "query.Store(memory);\n  __syncthreads();",
+        "query.Store(memory);",
+    ),
+    "tensor: no barrier between largest scores and weights": (
+        "tensor_partial.cuh",
+        "StoreMax(memory, lane, scores);\n  __syncthreads();",
+        "StoreMax(memory, lane, scores);",
+    ),
+    "tensor: no barrier before the sums are overwritten": (
+        "tensor_partial.cuh",
+        "if (chunk > 0) __syncthreads();",
+        "",
+    ),
+    "tensor: no barrier before the sums are read": (
+        "tensor_partial.cuh",
+        "load(kChunks + chunk + 2);\n    __syncthreads();",
+        "load(kChunks + chunk + 2);",
+    ),
+    "tensor: weights of one element only": (
+        "tensor_core.cuh",
+        "rest = NarrowPair<kType>(",
+        "rest = 0 * NarrowPair<kType>(",
+    ),
+    "tensor: elements of a pair exchanged": ("tensor_core.cuh", "0x7632", "0x5410"),
+    "tensor: rows above 8 have the queries of those below": (
+        "tensor_partial.cuh",
+        "&memory.query[lane.g + kHalfRows][dim]",
+        "&memory.query[lane.g][dim]",
+    ),
+    "tensor: values of unused tokens meet their weight": (
+        "tensor_partial.cuh",
+        "if ((used >> n & 1) == 0) values[n] = {};",
+        "",
+    ),
+    "tensor: tokens that there are not have a score": (
+        "tensor_partial.cuh",
+        "if ((attended[half] >> n & 1) == 0) score = MinusInfinity();",
+        "",
+    ),
+    "tensor: dims behind the last are read": (
+        "tensor_partial.cuh",
+        "(kIsExact || dim < part.dims)",
+        "true",
+    ),
 }
 
 
@@ -113,30 +173,40 @@ def compare(case: PagedCase, **restrictions: object) -> None:
     """Values against float64, bits against a split table; every NaN counts."""
     out, lse = case.expected(**restrictions)
     whole = case.attend(**restrictions)
-    torch.testing.assert_close(whole.out.double(), out, atol=1e-5, rtol=0)
-    torch.testing.assert_close(whole.lse.double(), lse, atol=1e-5, rtol=1e-6)
     sinks = restrictions.pop("sinks", None)
     blocks = case.table.shape[1]
     state = case.attend_in_pieces([blocks // 2, blocks - blocks // 2], **restrictions)
-    assert torch.equal(ops.finish_attention(state, sinks=sinks).out, whole.out)
+    finished = ops.finish_attention(state, sinks=sinks)  # float32
+    torch.testing.assert_close(finished.out.double(), out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.lse.double(), lse, atol=1e-5, rtol=1e-6)
+    assert torch.equal(finished.out.to(case.dtype), whole.out)
 
 
 def battery(core: emulated.EmulatedCore) -> None:
     """Raises if something is wrong with the core."""
+    full_battery(core, torch.float32)
+    for seed in range(2):
+        core.set_seed(seed)
+        compare(PagedCase(1, 2, 4, 1, 300, 128, 128, 512, torch.bfloat16))
+        compare(PagedCase(1, 1, 5, 3, 90, 80, 96, 16, torch.float16))
+    full_battery(core, torch.bfloat16)
+
+
+def full_battery(core: emulated.EmulatedCore, dtype: torch.dtype) -> None:
     mask = torch.rand(2, 6, 1, 90, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[:, 1] = False
     mask[..., 30:35] = False
     for seed in range(3):
         core.set_seed(seed)
-        compare(PagedCase(2, 2, 3, 1, 90, 64, 64, 16), mask=mask)
-        compare(PagedCase(2, 2, 3, 2, 300, 128, 96, 512), sinks=torch.linspace(-1, 1, 6))
-        compare(PagedCase(2, 1, 7, 3, 61, 80, 80, 16), starts=torch.tensor([0, 61]).int())
-        compare(PagedCase(1, 1, 2, 5, 40, 17, 23, 8), softcap=2.0)
-    case = PagedCase(2, 2, 3, 1, 90, 64, 64, 16)
+        compare(PagedCase(2, 2, 3, 1, 90, 64, 64, 16, dtype), mask=mask)
+        compare(PagedCase(2, 2, 3, 2, 300, 128, 96, 512, dtype), sinks=torch.linspace(-1, 1, 6))
+        compare(PagedCase(2, 1, 7, 3, 61, 80, 80, 16, dtype), starts=torch.tensor([0, 61]).int())
+        compare(PagedCase(1, 1, 2, 5, 40, 17, 23, 8, dtype), softcap=2.0)
+    case = PagedCase(2, 2, 3, 1, 90, 64, 64, 16, dtype)
     case.layout.values(case.blocks)[case.table[:, 2].long()] = torch.nan
     mask[..., 32:48] = False
     assert case.attend(mask=mask).out.isfinite().all()
-    compare(PagedCase(1, 1, 8, 1, 700, 64, 64, 4))  # several rounds
+    compare(PagedCase(1, 1, 8, 1, 700, 64, 64, 4, dtype))  # several rounds
     table = case.table.clone()
     table[0, 0] = case.blocks.shape[0]
     state = ops.RunningState.begin(case.query, 64)

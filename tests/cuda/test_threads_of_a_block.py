@@ -51,8 +51,9 @@ def test_scratch_memory_that_is_too_small_is_an_error_and_nothing_is_written(cor
 
 @pytest.mark.parametrize("slot", [-1, 9, 2**30])
 @pytest.mark.parametrize("dims", [(64, 64), (17, 23)])
-def test_a_slot_outside_the_slab_is_nan_and_no_other_row_is(core, slot, dims):
-    case = PagedCase(2, 2, 2, 1, 40, *dims, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_slot_outside_the_slab_is_nan_and_no_other_row_is(core, slot, dims, dtype):
+    case = PagedCase(2, 2, 2, 1, 40, *dims, 16, dtype)
     expected = case.attend()
     table = case.table.clone()
     table[1, 1] = slot
@@ -64,6 +65,24 @@ def test_a_slot_outside_the_slab_is_nan_and_no_other_row_is(core, slot, dims):
     )
     assert torch.equal(out[0], expected.out[0])
     assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (80, 96)])
+def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(core, dims):
+    case = PagedCase(1, 2, 7, 3, 300, *dims, 256, torch.bfloat16)
+    whole = case.attend()
+    for query in range(3):
+        rows = case.query[:, :, query : query + 1]
+        alone = case.attend(query=rows, query_start=297 + query)
+        assert torch.equal(alone.out[:, :, 0], whole.out[:, :, query])
+        assert torch.equal(alone.lse[:, :, 0], whole.lse[:, :, query])
+
+
+def test_a_query_that_does_not_begin_at_16_bytes_has_the_same_bits(core):
+    case = PagedCase(1, 2, 3, 2, 300, 128, 128, 256, torch.bfloat16)
+    wide = torch.zeros(1, case.heads, 2, 131, dtype=torch.bfloat16)
+    wide[..., 3:] = case.query
+    assert torch.equal(case.attend(query=wide[..., 3:]).out, case.attend().out)
 
 
 def test_tokens_for_a_slot_outside_the_slab_are_not_written(core):

@@ -38,12 +38,15 @@ extern dim3 threadIdx;  // of the fiber that runs
 extern dim3 blockIdx;
 
 namespace emulation {
-enum class Exchange : int { kShuffle, kBallot };
+enum class Exchange : int { kShuffle, kBallot, kMultiplyAdd };
 // What `source` lane of the fiber's warp brought to this exchange; all lanes must come.
 uint64_t exchange(Exchange kind, uint64_t bits, int source);
 // Which lanes brought something other than 0.
 uint32_t vote(bool holds);
 void check_mask(uint32_t mask);
+// mma.m16n8k16: what a lane holds of [16 x 8] += [16 x 16] x [16 x 8], in csrc's tensor_core.cuh.
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  float (*widen)(uint16_t));
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 }  // namespace emulation
 
@@ -78,6 +81,17 @@ inline unsigned __ballot_sync(unsigned mask, bool holds) {
 template <class T>
 T __ldcs(const T* from) {
   return *from;
+}
+
+// Bytes of the two words, the first one's counted from 0, the second one's from 4.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8) & 0xff;
+    result |= byte << 8 * i;
+  }
+  return result;
 }
 
 inline unsigned __float_as_uint(float value) {

@@ -68,6 +68,7 @@ struct Warp {
 struct Block {
   int threads;
   int current;
+  int late_warp;
   int at_barrier;
   int returned;
   int num_ready;
@@ -92,10 +93,15 @@ uint64_t random_number() {
   return random_state;
 }
 
-// Any of the fibers that may run; the scheduler if none may.
+// Any of the fibers that may run; the scheduler if none may. One warp of the block runs only when
+// hardly anyone else may: so the others get far ahead of it.
 void* next_to_run() {
   if (block.num_ready == 0 || !block.error.empty()) return block.scheduler;
-  const int pick = static_cast<int>((random_number() >> 32) * block.num_ready >> 32);
+  int pick;
+  for (int tries = 0; tries < 16; ++tries) {
+    pick = static_cast<int>((random_number() >> 32) * block.num_ready >> 32);
+    if (block.ready[pick] / kWarpLanes != block.late_warp) break;
+  }
   block.current = block.ready[pick];
   block.ready[pick] = block.ready[--block.num_ready];
   threadIdx.x = block.current;
@@ -134,6 +140,7 @@ void start_fiber(int thread) {
 
 void run_block() {
   block.num_ready = block.at_barrier = block.returned = 0;
+  block.late_warp = static_cast<int>(random_number() % (block.threads / kWarpLanes));
   for (int warp = 0; warp < block.threads / kWarpLanes; ++warp) block.warps[warp] = {};
   for (int thread = 0; thread < block.threads; ++thread) start_fiber(thread);
   while (block.error.empty() && block.returned < block.threads) {
@@ -183,6 +190,38 @@ uint32_t vote(bool holds) {
     votes |= static_cast<uint32_t>(warp.brought[epoch % 2][lane]) << lane;
   }
   return votes;
+}
+
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  float (*widen)(uint16_t)) {
+  struct Operands {
+    const uint32_t* a;
+    const uint32_t* b;
+  };
+  const Operands own = {a, b};
+  const int epoch = block.warps[block.current / kWarpLanes].epoch;
+  const uint64_t* all =
+      meet(Exchange::kMultiplyAdd, reinterpret_cast<uint64_t>(&own)).brought[epoch % 2];
+  // Element `k` of row `row` of a, of column `column` of b.
+  const auto element = [&](const uint32_t* words, int word, int k) {
+    return static_cast<double>(widen(static_cast<uint16_t>(words[word] >> k % 2 * 16)));
+  };
+  const auto of_a = [&](int row, int k) {
+    const auto* lane = reinterpret_cast<const Operands*>(all[row % 8 * 4 + k % 8 / 2]);
+    return element(lane->a, row / 8 + k / 8 * 2, k);
+  };
+  const auto of_b = [&](int column, int k) {
+    const auto* lane = reinterpret_cast<const Operands*>(all[column * 4 + k % 8 / 2]);
+    return element(lane->b, k / 8, k);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + i / 2 * 8;
+    const int column = lane() % 4 * 2 + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k) sum += of_a(row, k) * of_b(column, k);
+    c[i] = static_cast<float>(c[i] + sum);
+  }
+  meet(Exchange::kMultiplyAdd, 0);  // the operands of all lanes stay until all have read them
 }
 
 void check_mask(uint32_t mask) {

@@ -191,7 +191,7 @@ class DiskTier(Tier, name="disk"):
     def _check_memory(self, slots: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
         check_blocks(slots, blocks, self.block_bytes)
         for slot, block in zip(slots, blocks, strict=True):
-            if block.device.type != "cpu":
+            if not block.is_cpu:
                 raise UnsupportedInputError(
                     f"slot {slot}: the disk moves cpu memory, got a tensor on {block.device}"
                 )

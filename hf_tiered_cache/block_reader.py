@@ -16,7 +16,6 @@ import torch
 
 from hf_tiered_cache.block_manager import (
     DEVICE,
-    HOST,
     BlockTable,
     KVBlock,
     KVBlockManager,
@@ -29,9 +28,8 @@ from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.metrics import Counters
 from hf_tiered_cache.stream import BlockStream
+from hf_tiered_cache.tiers.base import Tier
 from hf_tiered_cache.tiers.device import DeviceTier
-from hf_tiered_cache.tiers.lane_tier import HostLaneTier
-from hf_tiered_cache.tiers.memory import MemoryTier
 
 # Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
 # to more than noise.
@@ -51,30 +49,30 @@ class BlockReader:
     """Reads tables of one layout and device, chunk by chunk. Nothing is checked for being open, and
     the caller holds the manager's lock.
 
-    `memory`: the tiers whose blocks have addresses, from the device down. `split`: how much of the
-    host's blocks is attended where it lies: by `cpu_lane`, or without one in line with all others,
-    as where the device is the CPU. `group_columns`: chunks that the device attends begin and end at
-    multiples of so many columns, or with the table.
+    `tiers`: from the device down. `split`: how much of those blocks below it that have addresses is
+    attended where it lies: by `cpu_lane`, or without one in line with all others, as where the
+    device is the CPU. `group_columns`: chunks that the device attends begin and end at multiples of
+    so many columns, or with the table.
     """
 
     def __init__(
         self,
         blocks: KVBlockManager,
         layout: BlockLayout,
-        memory: Sequence[MemoryTier | HostLaneTier],
+        tiers: Sequence[Tier],
         stream: BlockStream,
         counters: Counters,
         split: LaneSplit,
         cpu_lane: CpuLane | None,
         group_columns: int,
     ) -> None:
-        device = memory[DEVICE]
+        device = tiers[DEVICE]
         assert isinstance(device, DeviceTier)
         self.split = split
         self.group_columns = group_columns
         self._blocks = blocks
         self._layout = layout
-        self._memory = memory
+        self._tiers = tiers
         self._device = device
         self._stream = stream
         self._counters = counters
@@ -115,7 +113,7 @@ class BlockReader:
                 yield Chunk(part.first, part.slots)
             elif not beside:
                 self._counters.in_place_reads += num_reads
-                yield Chunk(part.first, part.slots, HOST)
+                yield part.chunk
 
     @property
     def is_reading(self) -> bool:
@@ -137,13 +135,11 @@ class BlockReader:
         if not parts:
             return False
         views = [part.view or self._show(part) for part in parts]
-        host = self._memory[HOST]
-        assert isinstance(host, HostLaneTier)
         with self._blocks.changing:
             attended = lane.begin(query, views, call)
             for part in parts:
                 self._counters.in_place_reads += part.slots.numel()
-                host.keep(part.slot_list, attended)
+                self._tiers[part.chunk.rung].keep(part.slot_list, attended)
         return True
 
     def join_beside(self, state: ops.RunningState) -> None:
@@ -212,7 +208,7 @@ class BlockReader:
             cut = run.first
             if run.is_resident:
                 cut = last
-            elif run.rung == HOST < len(self._memory) and shares_host:
+            elif shares_host and run.rung is not None and self._tiers[run.rung].has_addresses:
                 cut = min(last, run.first + round(self.split.cpu_share * (run.last - run.first)))
             if cut > run.first:
                 yield _Part(run.first, cut, run)
@@ -249,7 +245,7 @@ class BlockReader:
 
     def slab(self, chunk: Chunk) -> torch.Tensor:
         """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._memory[chunk.rung].slab
+        return self._tiers[chunk.rung].slab
 
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk of `stream` as the kernels take it."""
@@ -267,7 +263,7 @@ class BlockReader:
 
     def _show(self, part: "_Part") -> ops.BlockView:
         """A part in host memory as the CPU lane takes it, made once."""
-        part.view = self.view(Chunk(part.first, part.slots, HOST))
+        part.view = self.view(part.chunk)
         return part.view
 
     def _stage(
@@ -332,6 +328,12 @@ class _Part:
     def slots(self) -> torch.Tensor:
         """int32 [batch, last - first], on the run's rung."""
         return self.run.slots[:, self.first - self.run.first : self.last - self.run.first]
+
+    @property
+    def chunk(self) -> Chunk:
+        """All of it, where it lies."""
+        assert self.run.rung is not None
+        return Chunk(self.first, self.slots, self.run.rung)
 
     @cached_property
     def slot_list(self) -> list[int]:

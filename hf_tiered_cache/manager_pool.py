@@ -5,7 +5,7 @@ or one whose layers differ in heads, has several. All of them draw on the same b
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,21 @@ from hf_tiered_cache.config import (
     Budgets,
     TieredCacheConfig,
     free_memory_bytes,
+    tier_knob,
 )
 from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.devices import Device, has_accelerator
-from hf_tiered_cache.errors import ClosedCacheError
+from hf_tiered_cache.errors import ClosedCacheError, ConfigError
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.metrics import Counters, LaneStats, TierStats
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.sizes import AUTO
-from hf_tiered_cache.tiers.base import Budget, Tier
+from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
-from hf_tiered_cache.tiers.lane_tier import BounceRing, LaneTier, behind_lane
+from hf_tiered_cache.tiers.lane_tier import BounceRing, behind_lane
 
 logger = logging.get_logger(__name__)
 
@@ -62,13 +63,34 @@ class ManagerPool:
         self.budgets = Budgets.resolve(config, device_is_host=not has_accelerator())
         self._demotion = DemotionPolicy.by_name(config.demotion)
         self._expected_tables = expected_tables
-        self._host = Budget("host", self.budgets.host_bytes)
-        self._disk = Budget("disk", self.budgets.disk_bytes)
+        self._lower = self._lower_budgets()
         self._bounce = Budget("bounce", 0)  # grows by a ring for each manager behind a lane
         self._places: dict[torch.device, _Place] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
         self._owners: dict[int, Mapping[int, _Owned]] = {}  # by identity
         self._has_ended = False
+
+    def _lower_budgets(self) -> list[tuple[type[Tier], Budget]]:
+        """The kinds of tiers below a device, from the top down, each with its budget."""
+        sizes = self.budgets
+        extra = [
+            (kind, Budget(kind.name, int(size), knob=tier_knob(given)))
+            for given, size in (self.config.extra_tiers or {}).items()
+            for kind in [Tier.by_name(given)]
+        ]
+        lower: list[tuple[type[Tier], Budget]] = [
+            (HostTier, Budget("host", sizes.host_bytes, is_auto=sizes.host_is_auto)),
+            *extra,
+            (DiskTier, Budget("disk", sizes.disk_bytes, is_auto=sizes.disk_is_auto)),
+        ]
+        asked = [(kind, budget) for kind, budget in lower if budget.limit_bytes]
+        for kind, budget in asked[:-1]:
+            if not kind.has_addresses:
+                raise ConfigError(
+                    f"{budget.knob}: the blocks of a {kind.name!r} tier have no addresses, so"
+                    f" nothing may lie below it: set {asked[-1][1].knob} to 0"
+                )
+        return asked
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ManagerPool, (self.config, self._expected_tables)  # what was asked for, still empty
@@ -142,28 +164,26 @@ class ManagerPool:
         size = self.budgets.device_bytes
         if self.budgets.device_is_auto:
             size = int(made.free_bytes() * AUTO_DEVICE_SHARE)
-        self._places[device] = place = _Place(made, Budget("device", size))
+        self._places[device] = place = _Place(
+            made, Budget("device", size, is_auto=self.budgets.device_is_auto)
+        )
         return place
 
     def _lower_tiers(self, layout: BlockLayout, device: Device) -> list[Tier]:
         """The rungs below the device, those that were asked for and hold a block at least."""
-        pinning = device.pinning
-        tiers: list[Tier] = []
-        is_wanted = pinning is not None or not self.budgets.host_is_auto
-        if is_wanted and self._host.limit_bytes >= layout.num_bytes:
-            near = device.cpus_near
-            tiers.append(HostTier(layout.num_bytes, self._host, pinning=pinning, near=near))
-        if self._disk.limit_bytes >= layout.num_bytes:
-            tiers.append(
-                DiskTier(
-                    layout.num_bytes,
-                    self._disk,
-                    self.disk_dir,
-                    io=self.config.disk_io,
-                    page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
-                )
-            )
-        return tiers
+        around = Surroundings(
+            directory=self.disk_dir,
+            disk_io=self.config.disk_io,
+            page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
+            pinning=device.pinning,
+            cpus_near=device.cpus_near,
+        )
+        tiers = [
+            kind.from_budget(layout.num_bytes, budget, around)
+            for kind, budget in self._lower
+            if budget.limit_bytes >= layout.num_bytes
+        ]
+        return [tier for tier in tiers if tier is not None]
 
     def _bounce_ring(self, layout: BlockLayout, device: Device, staging: int) -> BounceRing:
         slots = max(MIN_STAGING_BLOCKS, min(staging, BOUNCE_BYTES // layout.num_bytes))
@@ -210,29 +230,18 @@ class ManagerPool:
         return total
 
     def tier_stats(self) -> tuple[TierStats, ...]:
-        """One row per device, then the host's memory where it is used, then the disk; then what
-        passes between a device and the disk, whose blocks are counted where they stay."""
-        budgets = self.budgets
-        rows = []
-        for device, place in self._places.items():
-            tiers = [m.device_tier for (_, d), m in self._managers.items() if d == device]
-            is_auto = budgets.device_is_auto
-            rows.append(_tier_stats("device", tiers, place.budget, is_auto, str(device)))
-        lower = [
-            tier.tier if isinstance(tier, LaneTier) else tier
-            for manager in self.managers
-            for tier in manager.tiers[1:]
+        """One row per device, then one for each kind of tier below that is used; then what passes
+        between a device and the disk, whose blocks are counted where they stay."""
+        tiers = [tier for manager in self.managers for tier in manager.tiers]
+        budgets = [place.budget for place in self._places.values()]
+        budgets += [budget for _, budget in self._lower]
+        rows = [
+            _tier_stats(budget, of_it)
+            for budget in budgets
+            if (of_it := [tier for tier in tiers if tier.budget is budget])
         ]
-        hosts = [tier for tier in lower if isinstance(tier, HostTier)]
-        if hosts:
-            kind = " + ".join(dict.fromkeys(tier.memory_kind for tier in hosts))
-            rows.append(_tier_stats("host", hosts, self._host, budgets.host_is_auto, kind))
-        if self._disk.limit_bytes:
-            disks = [tier for tier in lower if isinstance(tier, DiskTier)]
-            where = str(self.disk_dir)
-            rows.append(_tier_stats("disk", disks, self._disk, budgets.disk_is_auto, where))
         if self._bounce.limit_bytes:
-            rows.append(_tier_stats("bounce", [], self._bounce, False, "host memory, passing"))
+            rows.append(_tier_stats(self._bounce, [], where="host memory, passing"))
         return tuple(rows)
 
     def lane_stats(self) -> tuple[LaneStats, ...]:
@@ -288,15 +297,13 @@ class _Place:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
-def _tier_stats(
-    name: str, tiers: Iterable[Tier], budget: Budget, is_auto: bool, where: str
-) -> TierStats:
+def _tier_stats(budget: Budget, tiers: Sequence[Tier], where: str = "") -> TierStats:
     return TierStats(
-        name=name,
+        name=budget.name,
         blocks=sum(tier.used_slots for tier in tiers),
         used_bytes=budget.used_bytes,
         peak_bytes=budget.peak_bytes,
         budget_bytes=budget.limit_bytes,
-        is_auto=is_auto,
-        where=where,
+        is_auto=budget.is_auto,
+        where=where or " + ".join(dict.fromkeys(tier.where for tier in tiers)),
     )

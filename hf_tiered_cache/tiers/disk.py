@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Self
 
 import torch
 
@@ -17,9 +18,9 @@ from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInp
 from hf_tiered_cache.tiers.base import (
     DONE,
     Budget,
+    Surroundings,
     Tier,
     Transfer,
-    check_block_bytes,
     check_blocks,
     do_all,
     in_finalizer,
@@ -76,13 +77,11 @@ class DiskTier(Tier, name="disk"):
         Raises ConfigError when the folder is missing, not writable, or has less free space than the
         budget has left.
         """
-        check_block_bytes(block_bytes)
+        super().__init__(block_bytes, budget)
         if io not in DISK_IO_MODES:
             raise ConfigError(f"unknown io mode {io!r}; expected one of {', '.join(DISK_IO_MODES)}")
         if num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; expected 1 or more")
-        self.block_bytes = block_bytes
-        self.budget = budget
         self.directory = os.fspath(directory)
         _check_directory(self.directory, budget)
         self._file = file = open_file(self.directory, want_direct=io != "buffered")
@@ -107,6 +106,17 @@ class DiskTier(Tier, name="disk"):
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
             self, in_finalizer, _shut_down, self._pid, self._mover, self._table, file
+        )
+
+    @classmethod
+    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Self:
+        """See `Tier.from_budget`."""
+        return cls(
+            block_bytes,
+            budget,
+            around.directory,
+            io=around.disk_io,
+            page_cache_bytes=around.page_cache_bytes,
         )
 
     def allocate(self) -> int | None:
@@ -153,6 +163,11 @@ class DiskTier(Tier, name="disk"):
         """Raise BlockStateError unless every slot is allocated."""
         self._check_usable()
         self._table.check_allocated(slots)
+
+    @property
+    def where(self) -> str:
+        """The folder of the file."""
+        return self.directory
 
     @property
     def used_slots(self) -> int:

@@ -59,6 +59,10 @@ def test_the_rooms_of_the_architecture_are_those_of_the_package():
     for room in rooms:
         name = room if room.endswith("/") else f"{room}.py"
         assert (ROOT / "hf_tiered_cache" / name).exists(), room
+    package = ROOT / "hf_tiered_cache"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert modules | folders == set(rooms)
 
 
 def test_what_the_architecture_names_is_in_the_code():

@@ -9,11 +9,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 import torch
 
-from hf_tiered_cache.config import DISK_IO_MODES
+from hf_tiered_cache.config import DISK_IO_MODES, free_disk_bytes
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
 from hf_tiered_cache.tiers.base import (
     DONE,
@@ -270,10 +271,7 @@ def _check_directory(directory: str, budget: Budget) -> None:
     """Raise ConfigError unless the folder exists, is writable and has room for the budget."""
     if not os.path.isdir(directory):
         raise ConfigError(f"disk_dir {directory!r} is not a folder; make it or choose another")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"disk_dir {directory!r} is not writable; choose another folder")
-    space = os.statvfs(directory)
-    free_bytes = space.f_bavail * space.f_frsize
+    free_bytes = free_disk_bytes(Path(directory))
     if budget.free_bytes > free_bytes:
         raise ConfigError(
             f"disk_dir {directory!r} has {free_bytes} bytes free but {budget.free_bytes} were asked"

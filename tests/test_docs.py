@@ -98,6 +98,18 @@ def test_the_forge_runs_what_the_readme_says():
         assert f"Python :: {python}" in project, python
 
 
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert len([line for line in lines.splitlines() if line]) <= 12
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TIERED_CACHE_DIR", str(tmp_path))
+    (tmp_path / "book.txt").write_text("def square(x):\n    return x * x\n" * 40)
+    model = re.search(r'name = (".*")', lines)[1]
+    here = lines.replace(model, repr(str(ROOT / "eval" / "tiny_lm"))).replace("20GiB", "64MiB")
+    exec(here, {})
+    assert "TieredCache(" in capsys.readouterr().out
+
+
 def test_every_example_is_in_their_list():
     folder = ROOT / "examples"
     listed = (folder / "README.md").read_text()

@@ -29,7 +29,6 @@ from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers.base import DONE, Transfer
 
 DEVICE = 0  # rung of the device tier; larger rungs lie lower
-HOST = 1  # rung of the host tier, where there is one
 
 Queue = OrderedDict["KVBlock", None]
 

@@ -17,7 +17,7 @@ from time import perf_counter
 
 import torch
 
-from hf_tiered_cache.block_manager import DEVICE, HOST, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.kernels import ops
@@ -27,10 +27,8 @@ from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.pins import Pin, Pins
 from hf_tiered_cache.reading_plan import InPlace, ReadingPlan, Staging, reading_plan
 from hf_tiered_cache.stream import BlockStream
-from hf_tiered_cache.tiers.base import Transfer
+from hf_tiered_cache.tiers.base import Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
-from hf_tiered_cache.tiers.lane_tier import HostLaneTier
-from hf_tiered_cache.tiers.memory import MemoryTier
 from hf_tiered_cache.tracing import LOAD_WAIT
 
 # Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
@@ -50,18 +48,18 @@ class Chunk:
 class BlockReader:
     """Reads tables of one layout and device: `read`.
 
-    `memory`: the tiers whose blocks have addresses, from the device down. `split`: how much of the
-    host's blocks is attended where it lies: by `cpu_lane`, or without one in line with all others,
-    as where the device is the CPU. `group_columns`: chunks that the device attends begin and end at
-    multiples of so many columns, or with the table. `lock`: for the books. `check_held` raises
-    ClosedCacheError where a table cannot be read any more, and mends the books where need be.
+    `tiers`: from the device down. `split`: how much of those blocks below it that have addresses is
+    attended where it lies: by `cpu_lane`, or without one in line with all others, as where the
+    device is the CPU. `group_columns`: chunks that the device attends begin and end at multiples of
+    so many columns, or with the table. `lock`: for the books. `check_held` raises ClosedCacheError
+    where a table cannot be read any more, and mends the books where need be.
     """
 
     def __init__(
         self,
         blocks: KVBlockManager,
         layout: BlockLayout,
-        memory: Sequence[MemoryTier | HostLaneTier],
+        tiers: Sequence[Tier],
         stream: BlockStream,
         counters: Counters,
         split: LaneSplit,
@@ -71,7 +69,7 @@ class BlockReader:
         lock: "threading.RLock",
         check_held: Callable[[BlockTable], None],
     ) -> None:
-        device = memory[DEVICE]
+        device = tiers[DEVICE]
         assert isinstance(device, DeviceTier)
         self.split = split
         self.group_columns = group_columns
@@ -80,7 +78,10 @@ class BlockReader:
         self._lock = lock
         self._check_held = check_held
         self._blocks = blocks
-        self._memory = memory
+        self._tiers = tiers
+        self._lower_rungs = tuple(
+            rung for rung, tier in enumerate(tiers) if rung > DEVICE and tier.has_addresses
+        )
         self._device = device
         self._stream = stream
         self._counters = counters
@@ -100,14 +101,15 @@ class BlockReader:
 
     def plan(self, table: BlockTable, num_blocks: int, beside: bool) -> ReadingPlan:
         """How the first columns of a table come to attention."""
-        has_host = len(self._memory) > HOST and (self._cpu_lane is None or beside)
+        is_shared = self._cpu_lane is None or beside
         return reading_plan(
             table,
             self._blocks.placement(table),
             num_blocks,
             self._stream.chunk_blocks,
             self.group_columns,
-            self.split.cpu_share if has_host else 0.0,
+            self._lower_rungs if is_shared else (),
+            self.split.cpu_share,
             beside,
         )
 
@@ -124,7 +126,7 @@ class BlockReader:
 
     def slab(self, chunk: Chunk) -> torch.Tensor:
         """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._memory[chunk.rung].slab
+        return self._tiers[chunk.rung].slab
 
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk of a reading as the kernels take it."""
@@ -144,14 +146,13 @@ class BlockReader:
         self, parts: Sequence[InPlace], query: torch.Tensor, call: ops.AttentionCall
     ) -> None:
         """Let the CPU lane attend parts in host memory where they lie."""
-        host = self._memory[HOST]
-        assert self._cpu_lane is not None and isinstance(host, HostLaneTier)
+        assert self._cpu_lane is not None
         views = [part.view or self._show(part) for part in parts]
         with self._blocks.changing:
             attended = self._cpu_lane.begin(query, views, call)
             for part in parts:
                 self._counters.in_place_reads += part.slots.numel()
-                host.keep(part.slot_list, attended)
+                self._tiers[part.rung].keep(part.slot_list, attended)
 
     def can_attend_beside(self, query: torch.Tensor, call: ops.AttentionCall) -> bool:
         """Whether a part of the host's blocks is for the CPU lane to attend."""
@@ -189,7 +190,7 @@ class BlockReader:
 
     def _show(self, part: InPlace) -> ops.BlockView:
         """A part in host memory as the CPU lane takes it, made once."""
-        part.view = self.view(Chunk(part.first, part.slots, HOST))
+        part.view = self.view(Chunk(part.first, part.slots, part.rung))
         return part.view
 
     def stage(self, pin: Pin, table: BlockTable, part: Staging) -> torch.Tensor:
@@ -356,7 +357,7 @@ class Reading:
         `beside` then. `chunks` are the rest, and `join_beside` folds both."""
         reader = self._reader
         if reader.can_attend_beside(query, call):
-            parts = reader.plan(self._table, self._num_blocks, beside=True).in_host_memory
+            parts = reader.plan(self._table, self._num_blocks, beside=True).below
             if parts:
                 reader.begin_beside(parts, query, call)
                 self.beside = True
@@ -367,8 +368,8 @@ class Reading:
 
     def chunks(self) -> Iterator[Chunk]:
         """The columns in block order, chunk by chunk, each where attention can read it until the
-        next is asked for: resident runs where they lie, cold ones through staging, or in host
-        memory where the device is the CPU. Without those that are attended beside.
+        next is asked for: resident runs where they lie, cold ones through staging, or where
+        they lie where the device is the CPU. Without those that are attended beside.
 
         Raises TierIOError when a cold block cannot be loaded or is not what was stored.
         """
@@ -383,12 +384,9 @@ class Reading:
             if isinstance(part, Staging):
                 yield Chunk(part.first, reader.stage(pin, table, part))
                 reader.unstage(pin, table, part, plan, self._scan, self.beside)
-            elif part.run.is_resident:
+            elif part.run.is_resident or not self.beside:
                 reader.count(part)
-                yield Chunk(part.first, part.slots)
-            elif not self.beside:
-                reader.count(part)
-                yield Chunk(part.first, part.slots, HOST)
+                yield Chunk(part.first, part.slots, part.rung)
 
     def slab(self, chunk: Chunk) -> torch.Tensor:
         """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""

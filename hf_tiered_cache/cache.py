@@ -7,7 +7,7 @@ import copy
 import operator
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Never
 
 import torch
@@ -61,6 +61,8 @@ class TieredCache(DynamicCache):
         staging_bytes: of device_bytes, for cold blocks passing through.
         cpu_share: share, 0 to 1, of the blocks in host memory that the CPU attends there, or
             "auto".
+        extra_tiers: tiers of your own between host memory and disk, from the top down, by name or
+            "module:Class", with their bytes (docs/extending.md).
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
@@ -90,6 +92,7 @@ class TieredCache(DynamicCache):
         block_tokens: int | None = None,
         staging_bytes: int | str = AUTO,
         cpu_share: float | str = AUTO,
+        extra_tiers: Mapping[str, int | str] | None = None,
         demotion: str = "by_age",
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
@@ -119,6 +122,7 @@ class TieredCache(DynamicCache):
             block_tokens=block_tokens,
             staging_bytes=staging_bytes,
             cpu_share=cpu_share,
+            extra_tiers=extra_tiers,
             demotion=demotion,
         )
         if tiers is not None and given.asked():

@@ -172,8 +172,8 @@ class Capacity:
             f"{tier.name}: {tier.used_slots} of {tier.used_slots + tier.num_free()} blocks used"
             for tier in self._tiers
         )
-        knob = "raise " + " or ".join(f"{tier.name}_bytes" for tier in reversed(self._tiers))
-        if not any(tier.name == "disk" for tier in self._tiers):
+        knob = "raise " + " or ".join(tier.budget.knob for tier in reversed(self._tiers))
+        if self._tiers[-1].has_addresses:
             knob += " or allow disk_bytes"
         size = format_bytes(num_blocks * self._layout.num_bytes)
         return OutOfBlocksError(

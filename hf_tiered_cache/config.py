@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,6 +57,8 @@ class TieredCacheConfig:
     # their being carried to the device; 0 switches the one off, 1 the other. "auto": on a GPU as
     # the rates of both say, 1 where the device is the CPU.
     cpu_share: float | str = AUTO
+    # Tiers of your own between host memory and disk, by name or "module:Class", with their bytes.
+    extra_tiers: Mapping[str, int | str] | None = None
     # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
     demotion: str = "by_age"
 
@@ -68,6 +71,7 @@ class TieredCacheConfig:
             raise ConfigError(f'cpu_share={share!r}: expected a number from 0 to 1, or "{AUTO}"')
         if self.disk_io not in DISK_IO_MODES:
             raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
+        object.__setattr__(self, "extra_tiers", _parse_tiers(self.extra_tiers))
         if not isinstance(self.demotion, str):
             raise ConfigError(
                 f'demotion={self.demotion!r}: expected a name such as "by_age", or "module:Class"'
@@ -144,6 +148,27 @@ class Budgets:
             host_is_auto=config.host_bytes == AUTO,
             disk_is_auto=config.disk_bytes == AUTO,
         )
+
+
+def _parse_tiers(given: object) -> dict[str, int] | None:
+    """`extra_tiers` with their sizes as int bytes."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ConfigError(
+            f'extra_tiers={given!r}: expected a mapping from the name of a tier, or "module:Class",'
+            " to its bytes"
+        )
+    sizes = {name: parse_bytes(tier_knob(name), size) for name, size in given.items()}
+    for name, size in sizes.items():
+        if size == AUTO:
+            raise ConfigError(f'{tier_knob(name)}="{AUTO}": expected int bytes, or "4GiB", "1.5GB"')
+    return {name: int(size) for name, size in sizes.items()}
+
+
+def tier_knob(name: str) -> str:
+    """How the size of one of the extra tiers is asked for."""
+    return f"extra_tiers[{name!r}]"
 
 
 def _check_memory(knob: str, num_bytes: int, free_bytes: int) -> None:

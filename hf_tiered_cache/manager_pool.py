@@ -5,7 +5,7 @@ or one whose layers differ in heads, has several. All of them draw on the same b
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,27 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_tiered_cache import devices
 from hf_tiered_cache.block_manager import BlockTable
 from hf_tiered_cache.config import (
     AUTO_DEVICE_SHARE,
     Budgets,
     TieredCacheConfig,
     free_memory_bytes,
+    tier_knob,
 )
-from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.demotion import DemotionPolicy
-from hf_tiered_cache.errors import ClosedCacheError
-from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.devices import Device, has_accelerator
+from hf_tiered_cache.errors import ClosedCacheError, ConfigError
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.metrics import Counters, LaneStats, TierStats
 from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.sizes import AUTO
-from hf_tiered_cache.tiers.base import Budget, Tier
+from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
-from hf_tiered_cache.tiers.lane import CopyLane
-from hf_tiered_cache.tiers.lane_tier import BounceRing, LaneTier, behind_lane
+from hf_tiered_cache.tiers.lane_tier import BounceRing, behind_lane
 
 logger = logging.get_logger(__name__)
 
@@ -62,16 +60,37 @@ class ManagerPool:
 
     def __init__(self, config: TieredCacheConfig, expected_tables: int = 0) -> None:
         self.config = config
-        self.budgets = Budgets.resolve(config, device_is_host=not devices.has_accelerator())
+        self.budgets = Budgets.resolve(config, device_is_host=not has_accelerator())
         self._demotion = DemotionPolicy.by_name(config.demotion)
         self._expected_tables = expected_tables
-        self._host = Budget("host", self.budgets.host_bytes)
-        self._disk = Budget("disk", self.budgets.disk_bytes)
+        self._lower = self._lower_budgets()
         self._bounce = Budget("bounce", 0)  # grows by a ring for each manager behind a lane
         self._places: dict[torch.device, _Place] = {}
         self._managers: dict[tuple[BlockLayout, torch.device], OffloadManager] = {}
         self._owners: dict[int, Mapping[int, _Owned]] = {}  # by identity
         self._has_ended = False
+
+    def _lower_budgets(self) -> list[tuple[type[Tier], Budget]]:
+        """The kinds of tiers below a device, from the top down, each with its budget."""
+        sizes = self.budgets
+        extra = [
+            (kind, Budget(kind.name, int(size), knob=tier_knob(given)))
+            for given, size in (self.config.extra_tiers or {}).items()
+            for kind in [Tier.by_name(given)]
+        ]
+        lower: list[tuple[type[Tier], Budget]] = [
+            (HostTier, Budget("host", sizes.host_bytes, is_auto=sizes.host_is_auto)),
+            *extra,
+            (DiskTier, Budget("disk", sizes.disk_bytes, is_auto=sizes.disk_is_auto)),
+        ]
+        asked = [(kind, budget) for kind, budget in lower if budget.limit_bytes]
+        for kind, budget in asked[:-1]:
+            if not kind.has_addresses:
+                raise ConfigError(
+                    f"{budget.knob}: the blocks of a {kind.name!r} tier have no addresses, so"
+                    f" nothing may lie below it: set {asked[-1][1].knob} to 0"
+                )
+        return asked
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ManagerPool, (self.config, self._expected_tables)  # what was asked for, still empty
@@ -113,24 +132,24 @@ class ManagerPool:
         return self._managers[key]
 
     def _make(self, layout: BlockLayout, device: torch.device) -> OffloadManager:
-        devices.check_supported(device)
         place = self._places.get(device) or self._new_place(device)
-        tier = DeviceTier(layout.num_bytes, place.budget, device, place.lane)
+        lane = place.device.copy_lane
+        tier = DeviceTier(layout.num_bytes, place.budget, device, lane)
         staging = max(MIN_STAGING_BLOCKS, self._staging_bytes(place) // layout.num_bytes)
-        lower = self._lower_tiers(layout, device)
+        lower = self._lower_tiers(layout, place.device)
         split = LaneSplit(1.0 if self.config.cpu_share == AUTO else float(self.config.cpu_share))
-        if place.lane is not None and lower:
-            ring = self._bounce_ring(layout, device, staging)
-            lower = [behind_lane(one, place.lane, ring) for one in lower]
-            split = self._split(place, tier, ring)
+        if lane is not None and lower:
+            ring = self._bounce_ring(layout, place.device, staging)
+            lower = [behind_lane(one, lane, ring) for one in lower]
+            split = self._split(place.device, tier, ring)
         manager = OffloadManager(
             layout,
             [tier, *lower],
             staging,
             self._expected_tables,
             split=split,
-            cpu_lane=place.cpu_lane,
-            group_columns=devices.group_columns(layout, device),
+            cpu_lane=place.device.cpu_lane,
+            group_columns=place.device.group_columns(layout),
             lock=place.lock,
             demotion=self._demotion(),
         )
@@ -141,49 +160,46 @@ class ManagerPool:
         return manager
 
     def _new_place(self, device: torch.device) -> "_Place":
+        made = Device.kind_of(device)(device)
         size = self.budgets.device_bytes
         if self.budgets.device_is_auto:
-            size = int(devices.free_bytes(device) * AUTO_DEVICE_SHARE)
-        lane = devices.copy_lane(device)
-        place = _Place(Budget("device", size), lane, devices.cpu_lane(device))
-        self._places[device] = place
+            size = int(made.free_bytes() * AUTO_DEVICE_SHARE)
+        self._places[device] = place = _Place(
+            made, Budget("device", size, is_auto=self.budgets.device_is_auto)
+        )
         return place
 
-    def _lower_tiers(self, layout: BlockLayout, device: torch.device) -> list[Tier]:
+    def _lower_tiers(self, layout: BlockLayout, device: Device) -> list[Tier]:
         """The rungs below the device, those that were asked for and hold a block at least."""
-        pinning = devices.pinning(device)
-        tiers: list[Tier] = []
-        is_wanted = pinning is not None or not self.budgets.host_is_auto
-        if is_wanted and self._host.limit_bytes >= layout.num_bytes:
-            near = devices.cpus_near(device)
-            tiers.append(HostTier(layout.num_bytes, self._host, pinning=pinning, near=near))
-        if self._disk.limit_bytes >= layout.num_bytes:
-            tiers.append(
-                DiskTier(
-                    layout.num_bytes,
-                    self._disk,
-                    self.disk_dir,
-                    io=self.config.disk_io,
-                    page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
-                )
-            )
-        return tiers
+        around = Surroundings(
+            directory=self.disk_dir,
+            disk_io=self.config.disk_io,
+            page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
+            pinning=device.pinning,
+            cpus_near=device.cpus_near,
+        )
+        tiers = [
+            kind.from_budget(layout.num_bytes, budget, around)
+            for kind, budget in self._lower
+            if budget.limit_bytes >= layout.num_bytes
+        ]
+        return [tier for tier in tiers if tier is not None]
 
-    def _bounce_ring(self, layout: BlockLayout, device: torch.device, staging: int) -> BounceRing:
+    def _bounce_ring(self, layout: BlockLayout, device: Device, staging: int) -> BounceRing:
         slots = max(MIN_STAGING_BLOCKS, min(staging, BOUNCE_BYTES // layout.num_bytes))
         self._bounce.limit_bytes += slots * layout.num_bytes
         memory = HostTier(
             layout.num_bytes,
             self._bounce,
-            pinning=devices.pinning(device),
-            near=devices.cpus_near(device),
+            pinning=device.pinning,
+            near=device.cpus_near,
         )
         return BounceRing(memory, slots)
 
-    def _split(self, place: "_Place", tier: DeviceTier, ring: BounceRing) -> LaneSplit:
+    def _split(self, device: Device, tier: DeviceTier, ring: BounceRing) -> LaneSplit:
         """How host blocks are shared between the lanes of a device, as asked for or measured."""
-        assert place.lane is not None
-        if place.cpu_lane is None:
+        assert device.copy_lane is not None
+        if device.cpu_lane is None:
             if self.config.cpu_share not in (AUTO, 0):
                 logger.warning_once(
                     f"cpu_share={self.config.cpu_share} is not followed: for the CPU to attend host"
@@ -196,14 +212,14 @@ class ManagerPool:
         slot = tier.allocate()
         if slot is None:
             return LaneSplit(0.0)
-        copy_rate = place.lane.probe(ring.slab.unbind(), tier.block(slot))
+        copy_rate = device.copy_lane.probe(ring.slab.unbind(), tier.block(slot))
         tier.free(slot)
-        return LaneSplit.measured(copy_rate, place.cpu_lane.probe(ring.slab))
+        return LaneSplit.measured(copy_rate, device.cpu_lane.probe(ring.slab))
 
     def _staging_bytes(self, place: "_Place") -> int:
         if self.config.staging_bytes != AUTO:
             return int(self.config.staging_bytes)
-        most = STAGING_BYTES if place.lane is None else LANE_STAGING_BYTES
+        most = STAGING_BYTES if place.device.copy_lane is None else LANE_STAGING_BYTES
         return min(most, int(place.budget.limit_bytes * STAGING_SHARE))
 
     def counters(self) -> Counters:
@@ -214,29 +230,18 @@ class ManagerPool:
         return total
 
     def tier_stats(self) -> tuple[TierStats, ...]:
-        """One row per device, then the host's memory where it is used, then the disk; then what
-        passes between a device and the disk, whose blocks are counted where they stay."""
-        budgets = self.budgets
-        rows = []
-        for device, place in self._places.items():
-            tiers = [m.device_tier for (_, d), m in self._managers.items() if d == device]
-            is_auto = budgets.device_is_auto
-            rows.append(_tier_stats("device", tiers, place.budget, is_auto, str(device)))
-        lower = [
-            tier.tier if isinstance(tier, LaneTier) else tier
-            for manager in self.managers
-            for tier in manager.tiers[1:]
+        """One row per device, then one for each kind of tier below that is used; then what passes
+        between a device and the disk, whose blocks are counted where they stay."""
+        tiers = [tier for manager in self.managers for tier in manager.tiers]
+        budgets = [place.budget for place in self._places.values()]
+        budgets += [budget for _, budget in self._lower]
+        rows = [
+            _tier_stats(budget, of_it)
+            for budget in budgets
+            if (of_it := [tier for tier in tiers if tier.budget is budget])
         ]
-        hosts = [tier for tier in lower if isinstance(tier, HostTier)]
-        if hosts:
-            kind = " + ".join(dict.fromkeys(tier.memory_kind for tier in hosts))
-            rows.append(_tier_stats("host", hosts, self._host, budgets.host_is_auto, kind))
-        if self._disk.limit_bytes:
-            disks = [tier for tier in lower if isinstance(tier, DiskTier)]
-            where = str(self.disk_dir)
-            rows.append(_tier_stats("disk", disks, self._disk, budgets.disk_is_auto, where))
         if self._bounce.limit_bytes:
-            rows.append(_tier_stats("bounce", [], self._bounce, False, "host memory, passing"))
+            rows.append(_tier_stats(self._bounce, [], where="host memory, passing"))
         return tuple(rows)
 
     def lane_stats(self) -> tuple[LaneStats, ...]:
@@ -245,7 +250,10 @@ class ManagerPool:
         for device, place in self._places.items():
             managers = [m for (_, where), m in self._managers.items() if where == device]
             share = managers[0].split.cpu_share if managers else 0.0
-            lanes = (("copy lane", 1 - share, place.lane), ("CPU lane", share, place.cpu_lane))
+            lanes = (
+                ("copy lane", 1 - share, place.device.copy_lane),
+                ("CPU lane", share, place.device.cpu_lane),
+            )
             for name, part, lane in lanes:
                 if lane is not None:
                     rows.append(LaneStats(name, part, **vars(lane.measure())))
@@ -253,8 +261,7 @@ class ManagerPool:
 
     def kernels(self) -> list[str]:
         """The kernel of each kind of device, as `ops.backend` names it."""
-        kinds = dict.fromkeys(device.type for device in self._places)
-        return [ops.backend(kind) for kind in kinds]
+        return list(dict.fromkeys(place.device.kernel for place in self._places.values()))
 
     def add_owner(self, tables: Mapping[int, "_Owned"]) -> None:
         """These tables belong to a cache (by layer; they may change), which calls `release`."""
@@ -273,8 +280,7 @@ class ManagerPool:
             return
         self._has_ended = True
         for place in self._places.values():
-            if place.cpu_lane is not None:
-                place.cpu_lane.close()  # it reads what is closed next
+            place.device.close()  # it reads what is closed next
         for manager in self.managers:
             manager.close()
 
@@ -286,21 +292,18 @@ _Owned = tuple[OffloadManager, BlockTable]
 class _Place:
     """What the managers on one device share."""
 
+    device: Device
     budget: Budget
-    lane: CopyLane | None
-    cpu_lane: CpuLane | None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
-def _tier_stats(
-    name: str, tiers: Iterable[Tier], budget: Budget, is_auto: bool, where: str
-) -> TierStats:
+def _tier_stats(budget: Budget, tiers: Sequence[Tier], where: str = "") -> TierStats:
     return TierStats(
-        name=name,
+        name=budget.name,
         blocks=sum(tier.used_slots for tier in tiers),
         used_bytes=budget.used_bytes,
         peak_bytes=budget.peak_bytes,
         budget_bytes=budget.limit_bytes,
-        is_auto=is_auto,
-        where=where,
+        is_auto=budget.is_auto,
+        where=where or " + ".join(dict.fromkeys(tier.where for tier in tiers)),
     )

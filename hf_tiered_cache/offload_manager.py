@@ -29,8 +29,6 @@ from hf_tiered_cache.stores import Stores
 from hf_tiered_cache.stream import BlockStream
 from hf_tiered_cache.tiers.base import Tier
 from hf_tiered_cache.tiers.device import DeviceTier
-from hf_tiered_cache.tiers.lane_tier import HostLaneTier
-from hf_tiered_cache.tiers.memory import MemoryTier
 
 
 class OffloadManager:
@@ -57,8 +55,8 @@ class OffloadManager:
         """split, cpu_lane, group_columns: see `BlockReader`. lock: one for all that share a device,
         of its own where none is given. demotion: by age where none is given."""
         device = tiers[DEVICE]
-        memory = [tier for tier in tiers if isinstance(tier, MemoryTier | HostLaneTier)]
         assert isinstance(device, DeviceTier)
+        assert all(tier.has_addresses for tier in tiers[:-1]), "a store reads memory"
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
@@ -72,7 +70,7 @@ class OffloadManager:
         self._reader = BlockReader(
             self.blocks,
             layout,
-            memory,
+            tiers,
             self._stream,
             self.counters,
             split,
@@ -84,7 +82,6 @@ class OffloadManager:
         self._pins = self._reader.pins
         self.stores = Stores(
             tiers,
-            memory,
             self.blocks,
             self._capacity,
             demotion or ByAge(),

@@ -1,18 +1,19 @@
 """How the columns of a table come to attention: `ReadingPlan`.
 
-Resident blocks are attended where they lie, others in staging. Of a run in host memory the oldest
-part, as large as the lanes' split says, is attended where it lies as well. A plan follows from
+Resident blocks are attended where they lie, others in staging. Of a run below the
+device that has addresses the oldest part, as large as the lanes' split says, is attended where it
+lies as well. A plan follows from
 where blocks are, so it is kept with a table's placement and made anew only after something moved:
 in decode nearly never.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from hf_tiered_cache.block_manager import HOST, BlockTable, KVBlock, Placement, Run
+from hf_tiered_cache.block_manager import BlockTable, KVBlock, Placement, Run
 from hf_tiered_cache.kernels import ops
 
 
@@ -24,6 +25,12 @@ class InPlace:
     last: int
     run: Run
     view: ops.BlockView | None = None  # kept by whoever shows them to kernels
+
+    @property
+    def rung(self) -> int:
+        """Where they lie."""
+        assert self.run.rung is not None
+        return self.run.rung
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -55,8 +62,8 @@ class ReadingPlan:
     cold: list[KVBlock]  # all that is staged
 
     @cached_property
-    def in_host_memory(self) -> list[InPlace]:
-        """The parts that are attended in host memory."""
+    def below(self) -> list[InPlace]:
+        """The parts that are attended where they lie, below the device."""
         parts = [part for part in self.parts if isinstance(part, InPlace)]
         return [part for part in parts if not part.run.is_resident]
 
@@ -67,23 +74,24 @@ def reading_plan(
     num_blocks: int,
     chunk_blocks: int,
     group_columns: int,
-    host_share: float,
+    rungs: Collection[int],
+    share: float,
     beside: bool,
 ) -> ReadingPlan:
     """The plan for the first `num_blocks` columns of a table.
 
     chunk_blocks: to be staged at once. group_columns: what the device attends begins and ends at
-    multiples of so many columns, or with the table; not with `beside`, where the parts in host
-    memory are attended beside the device. host_share: of each run in host memory, attended there.
+    multiples of so many columns, or with the table; not with `beside`, where the parts below it are
+    attended beside the device. share: of each run on one of `rungs`, attended where it lies.
     """
-    key = (num_blocks, chunk_blocks, host_share)
+    key = (num_blocks, chunk_blocks, share)
     plan: ReadingPlan | None = placement.plans.get(beside)
     if plan is None or plan.key != key:
         columns = chunk_blocks // max(1, table.batch) // group_columns * group_columns
         if group_columns > 1 and not beside:
             parts = _groups(placement, num_blocks, group_columns)
         else:
-            parts = _runs(placement, num_blocks, host_share)
+            parts = _runs(placement, num_blocks, rungs, share)
         plan = _cut(table, key, parts, max(group_columns, columns))
         placement.plans[beside] = plan
     return plan
@@ -112,7 +120,7 @@ def _cut(
 
 
 def _runs(
-    placement: Placement, num_blocks: int, host_share: float
+    placement: Placement, num_blocks: int, rungs: Collection[int], share: float
 ) -> Iterator[InPlace | tuple[int, int]]:
     """Columns by how they come to attention; those [first, last) go through staging."""
     for run in placement.runs:
@@ -122,8 +130,8 @@ def _runs(
         cut = run.first
         if run.is_resident:
             cut = last
-        elif run.rung == HOST:
-            cut = min(last, run.first + round(host_share * (run.last - run.first)))
+        elif run.rung in rungs:
+            cut = min(last, run.first + round(share * (run.last - run.first)))
         if cut > run.first:
             yield InPlace(run.first, cut, run)
         if cut < last:

@@ -36,9 +36,13 @@ class Registered:
     @classmethod
     def by_name(cls, given: str) -> type[Self]:
         """The class registered as `given`, or that a "module:Class" refers to; the module is
-        imported. Raises ConfigError where there is none, it is of another kind, or lacks methods.
-        """
+        imported. Raises ConfigError where there is none, it is of another kind, has no name, or
+        lacks methods."""
         found = cls.registry.get(given) or cls._imported(given)
+        if not hasattr(found, "name"):
+            raise ConfigError(
+                f'{cls.kind} {given!r} has no name: class {found.__name__}(..., name="...")'
+            )
         missing = sorted(getattr(found, "__abstractmethods__", ()))
         if missing:
             raise ConfigError(f"{cls.kind} {given!r} lacks {', '.join(missing)}")

@@ -15,8 +15,6 @@ from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.metrics import Counters, span
 from hf_tiered_cache.pins import Pins
 from hf_tiered_cache.tiers.base import DONE, Tier
-from hf_tiered_cache.tiers.lane_tier import HostLaneTier
-from hf_tiered_cache.tiers.memory import MemoryTier
 from hf_tiered_cache.tracing import STORE, STORE_WAIT
 
 # Stores to one rung that may be under way at once: enough to keep a disk's queue full, few enough
@@ -27,22 +25,19 @@ MAX_STORES = 8
 class Stores:
     """Demotes blocks, one rung at a time; the caller changes the books (`KVBlockManager.changing`).
 
-    `memory`: the tiers whose blocks have addresses, from the device down.
+    All tiers but the last have addresses: a store reads memory.
     """
 
     def __init__(
         self,
         tiers: Sequence[Tier],
-        memory: Sequence[MemoryTier | HostLaneTier],
         blocks: KVBlockManager,
         capacity: Capacity,
         policy: DemotionPolicy,
         counters: Counters,
         pins: Pins,
     ) -> None:
-        assert len(memory) >= len(tiers) - 1, "a store reads memory: only the last tier may be none"
         self._tiers = tiers
-        self._memory = memory
         self._blocks = blocks
         self._capacity = capacity
         self._policy = policy
@@ -163,7 +158,7 @@ class Stores:
             raise self._capacity.out_of_blocks(1)
         issued = perf_counter()
         try:
-            data = self._memory[rung].block(source)
+            data = self._tiers[rung].block(source)
             block.stores[target] = transfer = tier.write([slot], [data])
         except BaseException:
             tier.free(slot)

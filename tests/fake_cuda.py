@@ -2,7 +2,7 @@
 done at once, and the CUDA core emulated. Every line that a GPU would run is run, but no races show;
 those are for `late_lane`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from types import ModuleType
@@ -12,10 +12,11 @@ import emulated
 import torch
 from tiers.late_lane import RefusingPinning
 
-from hf_tiered_cache import devices
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.devices import CpuDevice, Device
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.kernels.loader import default_kernel
+from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import DeviceTier
 from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
 
@@ -89,13 +90,30 @@ class FakeGpu:
         self.lanes: list[FakeLane] = []
         self.slabs: list[torch.Tensor] = []
         self.flags: list[CudaFlags] = []
+        self.group_columns: Callable[[BlockLayout], int] = lambda _: 1
 
-    def make_lane(self, _device: object = None) -> FakeLane:
+    def kind(self) -> type[Device]:
+        """The CPU as this GPU."""
+        gpu = self
+
+        class FakeCuda(CpuDevice):
+            pinning = gpu.pinning
+
+            def __init__(self, torch_device: torch.device) -> None:
+                super().__init__(torch_device)
+                self.copy_lane, self.cpu_lane = gpu.make_lane(), gpu.make_cpu_lane()
+
+            def group_columns(self, layout: BlockLayout) -> int:
+                return gpu.group_columns(layout)
+
+        return FakeCuda
+
+    def make_lane(self) -> FakeLane:
         self.lanes.append(FakeLane(GPU, self.module))
         self.lanes[-1].slabs = self.slabs
         return self.lanes[-1]
 
-    def make_cpu_lane(self, _device: object = None) -> CpuLane | None:
+    def make_cpu_lane(self) -> CpuLane | None:
         if self.module is None:
             return None
         self.flags.append(CudaFlags(GPU, self.module))
@@ -127,12 +145,10 @@ def fake_gpu(has_core: bool = True) -> Iterator[FakeGpu]:
             (torch.cuda, "current_stream", lambda _device: gpu.stream),
             (torch.cuda, "synchronize", lambda _device: gpu.stream.synchronize()),
             (torch, "zeros", unpinned_zeros),
-            (devices, "copy_lane", gpu.make_lane),
-            (devices, "cpu_lane", gpu.make_cpu_lane),
-            (devices, "pinning", lambda _device: gpu.pinning),
             (DeviceTier, "__init__", gpu.note_slab(DeviceTier.__init__)),
         ):
             stack.enter_context(patch.object(where, name, fake))
+        stack.enter_context(patch.dict(Device.registry, cpu=gpu.kind()))
         stack.enter_context(patch("torch.cuda.stream", lambda _stream: ExitStack()))
         if has_core:
             stack.enter_context(ops.use_kernel(emulated.kernel()))

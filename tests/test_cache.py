@@ -101,6 +101,11 @@ def test_knobs_take_bytes_words_and_auto(knobs, expected):
         ({"block_tokens": 2}, "block_tokens=2"),
         ({"block_tokens": "16"}, "block_tokens='16'"),
         ({"demotion": "by_size"}, "unknown demotion policy 'by_size'; known: by_age"),
+        ({"extra_tiers": {"disk": "auto"}}, """extra_tiers['disk']="auto": expected int bytes"""),
+        ({"extra_tiers": {"tape": -1}}, "extra_tiers['tape']=-1: expected int bytes >= 0"),
+        ({"extra_tiers": {"tape": 1}}, "unknown tier 'tape'; known: device, disk, "),
+        ({"extra_tiers": ["host"]}, "extra_tiers=['host']: expected a mapping"),
+        ({"extra_tiers": {1: 2}}, "extra_tiers={1: 2}: expected a mapping"),
         ({"demotion": 3}, "demotion=3: expected a name"),
     ],
 )
@@ -126,8 +131,8 @@ def test_the_knobs_of_a_cache_are_the_fields_of_its_config():
     assert told == ["config", *names, "tiers"]
 
 
-class NewestFirst(DemotionPolicy):
-    """A policy without a name in the registry."""
+class NewestFirst(DemotionPolicy, name="newest_first"):
+    """A policy of one's own."""
 
     def next_to_demote(self, waiting, may_store):
         queues = [*waiting.clean.values(), *(waiting.dirty.values() if may_store else ())]
@@ -145,6 +150,7 @@ EVERY_KNOB = {
     "block_tokens": 8,
     "staging_bytes": 2**16,
     "cpu_share": 0.5,
+    "extra_tiers": {"host": 2**20},
     "demotion": f"{__name__}:NewestFirst",
 }
 

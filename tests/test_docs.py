@@ -59,6 +59,10 @@ def test_the_rooms_of_the_architecture_are_those_of_the_package():
     for room in rooms:
         name = room if room.endswith("/") else f"{room}.py"
         assert (ROOT / "hf_tiered_cache" / name).exists(), room
+    package = ROOT / "hf_tiered_cache"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert modules | folders == set(rooms)
 
 
 def test_what_the_architecture_names_is_in_the_code():
@@ -92,6 +96,18 @@ def test_the_forge_runs_what_the_readme_says():
     project = (ROOT / "pyproject.toml").read_text()
     for python in job["strategy"]["matrix"]["python"]:
         assert f"Python :: {python}" in project, python
+
+
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert len([line for line in lines.splitlines() if line]) <= 12
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TIERED_CACHE_DIR", str(tmp_path))
+    (tmp_path / "book.txt").write_text("def square(x):\n    return x * x\n" * 40)
+    model = re.search(r'name = (".*")', lines)[1]
+    here = lines.replace(model, repr(str(ROOT / "eval" / "tiny_lm"))).replace("20GiB", "64MiB")
+    exec(here, {})
+    assert "TieredCache(" in capsys.readouterr().out
 
 
 def test_every_example_is_in_their_list():

@@ -90,7 +90,6 @@ def test_bits_do_not_depend_on_budgets_on_the_copy_lane(make_cache):
 @pytest.mark.parametrize("sizes", ["host", "disk"])
 def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch, sizes):
     """Prefill goes to flash attention as on a GPU, whatever of the past is cold."""
-    from hf_tiered_cache import devices
     from hf_tiered_cache.kernels import ops
 
     model = tiny_model("Llama")
@@ -103,7 +102,6 @@ def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch, sizes):
         calls.append((view.first_token, view.table.shape[1]))
         whole(state, query, view, call)
 
-    monkeypatch.setattr(devices, "group_columns", lambda layout, _: flash.group_columns(layout))
     monkeypatch.setattr(flash, "attend_blocks", noted)
     monkeypatch.setattr(
         ops,
@@ -111,7 +109,8 @@ def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch, sizes):
         lambda query, layout, call: not flash.not_supported_reasons(query, layout, call),
     )
     bits = None
-    with fake_gpu():
+    with fake_gpu() as gpu:
+        gpu.group_columns = flash.group_columns
         for device_blocks in (200, 2 * 16 + 3):
             cache = make_cache(model.config, device_blocks, **SIZES[sizes], cpu_share=0)
             tokens, logits = run(model, cache, ids, prefill_chunk_size=50)

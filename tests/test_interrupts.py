@@ -251,8 +251,7 @@ def test_a_cache_can_be_reset_and_closed_where_that_was_interrupted(tiers, famil
                 cache.close()
                 assert cache.is_closed
                 for budget in (
-                    pools._host,
-                    pools._disk,
+                    *(budget for _, budget in pools._lower),
                     *(it.budget for it in pools._places.values()),
                 ):
                     assert budget.used_bytes == 0, (place, budget)

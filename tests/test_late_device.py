@@ -2,7 +2,6 @@
 attended and given back in an order that only the rules of the lanes hold together."""
 
 from contextlib import ExitStack
-from functools import partial
 from itertools import count
 from unittest.mock import patch
 
@@ -12,8 +11,9 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
-from hf_tiered_cache import block_reader, devices
+from hf_tiered_cache import block_reader
 from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.devices import CpuDevice, Device
 from hf_tiered_cache.errors import TierIOError
 from hf_tiered_cache.tiers import DiskTier, Transfer
 from hf_tiered_cache.tiers.base import io_error
@@ -24,7 +24,7 @@ LEAST = SMALLEST[1]
 
 
 class Late:
-    """Puts a late device in the place of the CPU: `with Late(seed=3) as late: ...`."""
+    """Caches inside the `with` take the CPU for a device that is late: `with Late(seed=3): ...`."""
 
     def __init__(self, seed: int = 0, pinned_ranges: int = 10**6, has_cpu_lane: bool = False):
         self.device = LateDevice(seed)
@@ -34,14 +34,11 @@ class Late:
         self.cpu_lane = CpuLane(self.flags) if has_cpu_lane else None
 
     def __enter__(self) -> "Late":
+        class LateCpu(CpuDevice):
+            copy_lane, pinning, cpu_lane = self.lane, self.pinning, self.cpu_lane
+
         self._stack = ExitStack()
-        for name, made in (
-            ("copy_lane", self.lane),
-            ("pinning", self.pinning),
-            ("cpu_lane", self.cpu_lane),
-        ):
-            given = partial(lambda made, _device: made, made)
-            self._stack.enter_context(patch.object(devices, name, given))
+        self._stack.enter_context(patch.dict(Device.registry, cpu=LateCpu))
         self._stack.enter_context(self.device.computing())
         self._stack.enter_context(self.lane.serving())
         if self.cpu_lane is not None:

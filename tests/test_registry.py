@@ -70,6 +70,7 @@ def test_a_class_is_found_by_its_module(monkeypatch):
         (":Apple", "Empty module name"),
         ("json:dumps", "expected a subclass of .*Fruit"),
         ("json:JSONEncoder", "expected a subclass of .*Fruit"),
+        (f"{__name__}:Fruit", r"has no name: class Fruit\(..., name="),
         ("stone", "fruit 'stone' lacks taste"),
     ],
 )

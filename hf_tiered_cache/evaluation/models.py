@@ -14,7 +14,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from hf_tiered_cache import attention
-from hf_tiered_cache.devices import check_supported
+from hf_tiered_cache.devices import Device
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.evaluation.names import (
     AUTO,
@@ -140,7 +140,7 @@ def choose_device(name: str = AUTO) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        check_supported(device)
+        Device.kind_of(device)
         torch.empty(1, device=device)
     except (UnsupportedInputError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -4,11 +4,12 @@ A tier hands out slots, stores and loads the bytes of one block per slot, and gi
 on close. It knows no layers, tokens or policies: those are the block and offload managers'.
 """
 
-from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer
+from hf_tiered_cache.tiers.base import DONE, Budget, Surroundings, Tier, Transfer
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
 from hf_tiered_cache.tiers.memory import MemoryTier
+from hf_tiered_cache.tiers.pooled import PooledTier
 
 __all__ = [
     "DONE",
@@ -17,6 +18,8 @@ __all__ = [
     "DiskTier",
     "HostTier",
     "MemoryTier",
+    "PooledTier",
+    "Surroundings",
     "Tier",
     "Transfer",
 ]

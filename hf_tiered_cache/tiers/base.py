@@ -21,9 +21,11 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +33,7 @@ import torch
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.registry import Registered
+from hf_tiered_cache.tiers.pinning import Pinning
 
 # Who waits looks again so often: an interrupt may have come between the end and the waking.
 WAKE_SECONDS = 0.1
@@ -45,10 +48,16 @@ class Budget:
     what a dropped one held is free.
     """
 
-    def __init__(self, name: str, limit_bytes: int) -> None:
-        if limit_bytes < 0:
-            raise ConfigError(f"{name}_bytes is {limit_bytes}; expected 0 or more")
+    def __init__(
+        self, name: str, limit_bytes: int, *, knob: str = "", is_auto: bool = False
+    ) -> None:
+        """knob: what its user sets it by; `name` and "_bytes" where none is given. is_auto: chosen
+        from what was free."""
         self.name = name
+        self.knob = knob or f"{name}_bytes"
+        self.is_auto = is_auto
+        if limit_bytes < 0:
+            raise ConfigError(f"{self.knob} is {limit_bytes}; expected 0 or more")
         self.limit_bytes = limit_bytes
         self.peak_bytes = 0
         self._held: WeakKeyDictionary[object, int] = WeakKeyDictionary()
@@ -212,6 +221,26 @@ DONE = Transfer(num_parts=0)
 """A finished transfer, shared by everything that has nothing to wait for."""
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a tier of a cache may want to know of where it is made."""
+
+    directory: Path
+    """For its files; there, and writable, if there is a disk tier."""
+
+    disk_io: str
+    """How files are read and written: one of `config.DISK_IO_MODES`."""
+
+    page_cache_bytes: int
+    """What its files may take of the page cache."""
+
+    pinning: Pinning | None
+    """What locks memory for the device's copies; None where the device is the CPU."""
+
+    cpus_near: frozenset[int]
+    """The processors whose memory the device reaches fastest; any, where there are none."""
+
+
 class Tier(Registered, ABC, kind="tier"):
     """Slots of `block_bytes` each, within a budget. See the module for the verbs.
 
@@ -219,8 +248,21 @@ class Tier(Registered, ABC, kind="tier"):
     verb but `close` raises ClosedCacheError.
     """
 
-    block_bytes: int
-    budget: Budget
+    has_addresses: ClassVar[bool] = False
+    """Whether its blocks lie in `slab`, where kernels attend them and lower tiers store them from.
+    Of the tiers of a cache only the last may be without."""
+
+    def __init__(self, block_bytes: int, budget: Budget) -> None:
+        """Raises ConfigError when `block_bytes` is no multiple of 4096."""
+        check_block_bytes(block_bytes)
+        self.block_bytes = block_bytes
+        self.budget = budget
+
+    @classmethod
+    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Self | None:  # noqa: ARG003
+        """A tier for a cache; None where there is no use for one. Raises ConfigError when it cannot
+        be made."""
+        return cls(block_bytes, budget)
 
     @abstractmethod
     def allocate(self) -> int | None:
@@ -287,6 +329,28 @@ class Tier(Registered, ABC, kind="tier"):
     @abstractmethod
     def check_allocated(self, slots: Sequence[int]) -> None:
         """Raise BlockStateError unless every slot is allocated."""
+
+    @property
+    def slab(self) -> torch.Tensor:
+        """uint8 `[max_slots, block_bytes]`, a block a row, of a tier that `has_addresses`."""
+        raise NotImplementedError(f"the blocks of the {self.name} tier have no addresses")
+
+    def block(self, slot: int) -> torch.Tensor:
+        """A view of the block in `slot`, uint8 `[block_bytes]`, likewise."""
+        return self.slab[slot]
+
+    def is_pinned(self, slot: int) -> bool:
+        """Whether a device can copy the block in `slot` as it lies, while the CPU goes on."""
+        return False
+
+    def keep(self, slots: Sequence[int], reader: Transfer) -> None:
+        """Let nobody overwrite the slots before `reader`, which reads them, has ended."""
+        reader.outlast()
+
+    @property
+    def where(self) -> str:
+        """Its kind of memory, or its folder, for people."""
+        return ""
 
     @property
     @abstractmethod

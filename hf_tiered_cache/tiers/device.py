@@ -35,7 +35,7 @@ class DeviceTier(MemoryTier, name="device"):
         self.lane = lane
         if self.device.type == "cpu":
             max_slots, step_slots = budget.limit_bytes // block_bytes, 1
-            self._mapping, self._slab = virtual_slab(max_slots, block_bytes, budget.name)
+            self._mapping, self._slab = virtual_slab(max_slots, block_bytes, budget.knob)
         else:  # all allocated now, so all accounted for at once
             max_slots = step_slots = budget.free_bytes // block_bytes
             self._mapping = None
@@ -47,6 +47,11 @@ class DeviceTier(MemoryTier, name="device"):
             first = self._pool.allocate()
             if first is not None:
                 self._pool.free(first)
+
+    @property
+    def where(self) -> str:
+        """The device."""
+        return str(self.device)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block from one slot to another, in the device's own order."""

@@ -9,17 +9,19 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Self
 
 import torch
 
-from hf_tiered_cache.config import DISK_IO_MODES
+from hf_tiered_cache.config import DISK_IO_MODES, free_disk_bytes
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
 from hf_tiered_cache.tiers.base import (
     DONE,
     Budget,
+    Surroundings,
     Tier,
     Transfer,
-    check_block_bytes,
     check_blocks,
     do_all,
     in_finalizer,
@@ -76,13 +78,11 @@ class DiskTier(Tier, name="disk"):
         Raises ConfigError when the folder is missing, not writable, or has less free space than the
         budget has left.
         """
-        check_block_bytes(block_bytes)
+        super().__init__(block_bytes, budget)
         if io not in DISK_IO_MODES:
             raise ConfigError(f"unknown io mode {io!r}; expected one of {', '.join(DISK_IO_MODES)}")
         if num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; expected 1 or more")
-        self.block_bytes = block_bytes
-        self.budget = budget
         self.directory = os.fspath(directory)
         _check_directory(self.directory, budget)
         self._file = file = open_file(self.directory, want_direct=io != "buffered")
@@ -107,6 +107,17 @@ class DiskTier(Tier, name="disk"):
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
             self, in_finalizer, _shut_down, self._pid, self._mover, self._table, file
+        )
+
+    @classmethod
+    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Self:
+        """See `Tier.from_budget`."""
+        return cls(
+            block_bytes,
+            budget,
+            around.directory,
+            io=around.disk_io,
+            page_cache_bytes=around.page_cache_bytes,
         )
 
     def allocate(self) -> int | None:
@@ -155,6 +166,11 @@ class DiskTier(Tier, name="disk"):
         self._table.check_allocated(slots)
 
     @property
+    def where(self) -> str:
+        """The folder of the file."""
+        return self.directory
+
+    @property
     def used_slots(self) -> int:
         """Slots handed out and not freed."""
         return self._table.num_used
@@ -191,7 +207,7 @@ class DiskTier(Tier, name="disk"):
     def _check_memory(self, slots: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
         check_blocks(slots, blocks, self.block_bytes)
         for slot, block in zip(slots, blocks, strict=True):
-            if block.device.type != "cpu":
+            if not block.is_cpu:
                 raise UnsupportedInputError(
                     f"slot {slot}: the disk moves cpu memory, got a tensor on {block.device}"
                 )
@@ -255,10 +271,7 @@ def _check_directory(directory: str, budget: Budget) -> None:
     """Raise ConfigError unless the folder exists, is writable and has room for the budget."""
     if not os.path.isdir(directory):
         raise ConfigError(f"disk_dir {directory!r} is not a folder; make it or choose another")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"disk_dir {directory!r} is not writable; choose another folder")
-    space = os.statvfs(directory)
-    free_bytes = space.f_bavail * space.f_frsize
+    free_bytes = free_disk_bytes(Path(directory))
     if budget.free_bytes > free_bytes:
         raise ConfigError(
             f"disk_dir {directory!r} has {free_bytes} bytes free but {budget.free_bytes} were asked"

@@ -13,13 +13,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from transformers.utils import logging
 
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.sizes import format_bytes
-from hf_tiered_cache.tiers.base import Budget, Transfer, do_all, in_finalizer, io_error
+from hf_tiered_cache.tiers.base import (
+    Budget,
+    Surroundings,
+    Transfer,
+    do_all,
+    in_finalizer,
+    io_error,
+)
 from hf_tiered_cache.tiers.io_threads import Job, shared_threads
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
 from hf_tiered_cache.tiers.pinning import Pinning
@@ -38,7 +46,7 @@ class HostTier(MemoryTier, name="host"):
 
     When half of a slab is handed out the next one is being got: threads touch its pages, then
     `pinning` locks it (None: it stays pageable). Where that is refused, this and all later slabs
-    stay pageable: copies are slower, not wrong; a log line and `memory_kind` say so.
+    stay pageable: copies are slower, not wrong; a log line and `where` say so.
     """
 
     def __init__(
@@ -56,7 +64,7 @@ class HostTier(MemoryTier, name="host"):
         4096."""
         super().__init__(block_bytes, budget)
         max_slots = budget.limit_bytes // block_bytes
-        self._mapping, slab = virtual_slab(max_slots, block_bytes, budget.name)
+        self._mapping, slab = virtual_slab(max_slots, block_bytes, budget.knob)
         self._slab = slab
         self._growth = _Growth(slab, pinning, frozenset(near))
         slab_bytes = min(slab_bytes, budget.limit_bytes // SLABS_PER_BUDGET)
@@ -69,8 +77,15 @@ class HostTier(MemoryTier, name="host"):
         )
         self._finalizer = weakref.finalize(self, in_finalizer, _shut_down, self._growth, self._pool)
 
+    @classmethod
+    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Self | None:
+        """See `Tier.from_budget`. One memory needs no second tier, unless it is asked for."""
+        if around.pinning is None and budget.is_auto:
+            return None
+        return cls(block_bytes, budget, pinning=around.pinning, near=around.cpus_near)
+
     @property
-    def memory_kind(self) -> str:
+    def where(self) -> str:
         """How the memory is held: "pageable", "pinned", or "pageable: pinning failed"."""
         return self._growth.memory_kind
 

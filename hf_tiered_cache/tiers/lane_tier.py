@@ -88,10 +88,9 @@ class LaneTier(Tier):
     """`tier`, whose blocks come from and go to a device over a lane; see the module."""
 
     def __init__(self, tier: Tier, lane: CopyLane, ring: BounceRing) -> None:
+        super().__init__(tier.block_bytes, tier.budget)
         self.tier = tier
         self.name = tier.name
-        self.block_bytes = tier.block_bytes
-        self.budget = tier.budget
         self._lane = lane
         self._ring = ring
         # By slot, the last transfer; it may have ended.
@@ -179,6 +178,11 @@ class LaneTier(Tier):
         self.tier.check_allocated(slots)
 
     @property
+    def where(self) -> str:
+        """That of the tier."""
+        return self.tier.where
+
+    @property
     def used_slots(self) -> int:
         """Slots handed out and not freed."""
         return self.tier.used_slots
@@ -218,19 +222,15 @@ class LaneTier(Tier):
         return parts[0] if len(parts) == 1 else Joint(parts)
 
 
-class HostLaneTier(LaneTier):
-    """The host tier as a device with a copy lane sees it: its pinned blocks need no ring."""
+class MemoryLaneTier(LaneTier):
+    """A tier in memory as a device with a copy lane sees it: its pinned blocks need no ring."""
 
-    tier: HostTier
+    has_addresses = True
 
     @property
     def slab(self) -> torch.Tensor:
-        """uint8 `[max_slots, block_bytes]`, a block a row; see `MemoryTier.slab`."""
+        """See `Tier.slab`."""
         return self.tier.slab
-
-    def block(self, slot: int) -> torch.Tensor:
-        """A view of the block in `slot`: uint8 `[block_bytes]`."""
-        return self.tier.block(slot)
 
     def load(self, slots: Sequence[int], memory: Memory, targets: Sequence[int]) -> Transfer:
         """Load blocks into slots of a tier in memory, in one copy where they lie in pinned memory;
@@ -244,7 +244,8 @@ class HostLaneTier(LaneTier):
         return transfer
 
     def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:
-        return self.tier.blocks(slots) if self._are_pinned(slots) else None
+        self.check_allocated(slots)
+        return list(map(self.block, slots)) if self._are_pinned(slots) else None
 
     def _are_pinned(self, slots: Sequence[int]) -> bool:
         return self.tier.is_pinned(max(slots))  # memory is pinned from the first slot on
@@ -252,5 +253,5 @@ class HostLaneTier(LaneTier):
 
 def behind_lane(tier: Tier, lane: CopyLane, ring: BounceRing) -> LaneTier:
     """`tier` as a device with a copy lane sees it."""
-    kind = HostLaneTier if isinstance(tier, HostTier) else LaneTier
+    kind = MemoryLaneTier if tier.has_addresses else LaneTier
     return kind(tier, lane, ring)

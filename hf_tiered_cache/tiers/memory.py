@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError
-from hf_tiered_cache.tiers.base import DONE, Budget, Tier, Transfer, check_block_bytes, check_blocks
-from hf_tiered_cache.tiers.slots import SlotPool
+from hf_tiered_cache.tiers.base import DONE, Budget, Transfer
+from hf_tiered_cache.tiers.pooled import PooledTier
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
@@ -23,7 +23,7 @@ _MAP_NORESERVE = getattr(
 )
 
 
-class MemoryTier(Tier):
+class MemoryTier(PooledTier):
     """Blocks in a slab, uint8 `[max_slots, block_bytes]`; every block 4 KiB aligned on the CPU.
 
     Slots are handed out lowest first, so that physical memory stays near what is used; freed slots
@@ -32,15 +32,13 @@ class MemoryTier(Tier):
     `_pool`.
     """
 
+    has_addresses = True
+
     _slab: torch.Tensor | None
     _mapping: mmap.mmap | None
-    _pool: SlotPool
 
     def __init__(self, block_bytes: int, budget: Budget) -> None:
-        """Raises ConfigError when `block_bytes` is no multiple of 4096."""
-        check_block_bytes(block_bytes)
-        self.block_bytes = block_bytes
-        self.budget = budget
+        super().__init__(block_bytes, budget)
         self.poison = False
 
     @property
@@ -49,25 +47,6 @@ class MemoryTier(Tier):
         if self._slab is None:
             raise ClosedCacheError(f"the {self.name} tier is closed; make a new cache")
         return self._slab
-
-    def block(self, slot: int) -> torch.Tensor:
-        """A view of the block in `slot`: uint8 `[block_bytes]`."""
-        return self.slab[slot]
-
-    def blocks(self, slots: Sequence[int]) -> list[torch.Tensor]:
-        """`block` of each slot. Raises BlockStateError for one that is not allocated."""
-        self.check_allocated(slots)
-        return [self.slab[slot] for slot in slots]
-
-    def check_allocated(self, slots: Sequence[int]) -> None:
-        """Raise BlockStateError unless every slot is allocated."""
-        self._check_open()
-        self._pool.check(slots)
-
-    def allocate(self) -> int | None:
-        """A slot; see `Tier.allocate`."""
-        self._check_open()
-        return self._pool.allocate()
 
     def free(self, slot: int) -> None:
         """Give a slot back; its physical memory stays for the next one."""
@@ -78,23 +57,17 @@ class MemoryTier(Tier):
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
         """Copy blocks out of the slab, at once."""
-        self._check_open()
-        check_blocks(slots, out, self.block_bytes)
-        for block, stored in zip(out, self.blocks(slots), strict=True):
+        self.check_move(slots, out)
+        for block, stored in zip(out, map(self.block, slots), strict=True):
             block.copy_(stored)
         return DONE
 
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
         """Copy blocks into the slab, at once."""
-        self._check_open()
-        check_blocks(slots, data, self.block_bytes)
-        for stored, block in zip(self.blocks(slots), data, strict=True):
+        self.check_move(slots, data)
+        for stored, block in zip(map(self.block, slots), data, strict=True):
             stored.copy_(block)
         return DONE
-
-    def drain(self) -> None:
-        """Nothing to do: copies are done when `read` and `write` return."""
-        self._check_open()
 
     def keep_only(self, slots: Iterable[int]) -> None:
         """Give back every slot but these; see `Tier.keep_only`."""
@@ -102,20 +75,6 @@ class MemoryTier(Tier):
         for slot in self._pool.keep_only(slots):
             if self.poison:
                 slab[slot].fill_(0xFF)
-
-    @property
-    def used_slots(self) -> int:
-        """Slots handed out and not freed."""
-        return self._pool.num_used
-
-    @property
-    def committed_bytes(self) -> int:
-        """Bytes held of the budget; on the CPU physical memory may be up to a huge page more."""
-        return self._pool.committed_bytes
-
-    def num_free(self) -> int:
-        """Slots that could still be allocated."""
-        return self._pool.num_free()
 
     @property
     def can_shrink(self) -> bool:
@@ -148,7 +107,7 @@ class MemoryTier(Tier):
 
 
 def virtual_slab(
-    num_slots: int, block_bytes: int, budget_name: str
+    num_slots: int, block_bytes: int, knob: str
 ) -> tuple[mmap.mmap | None, torch.Tensor]:
     """Map uint8 `[num_slots, block_bytes]` on a huge page boundary, physical where touched.
 
@@ -166,7 +125,7 @@ def virtual_slab(
             )
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot map {num_bytes} bytes of memory ({error}); lower {budget_name}_bytes"
+                f"cannot map {num_bytes} bytes of memory ({error}); lower {knob}"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong

@@ -213,7 +213,7 @@ def test_slabs_are_pinned_whole_and_unlocked_at_close(make):
     tier._growth.wait(16)
     assert list(pinning.ranges.values()) == [8 * MIB] * 2
     assert list(pinning.ranges) == [tier.block(0).data_ptr(), tier.block(8).data_ptr()]
-    assert tier.memory_kind == "pinned"
+    assert tier.where == "pinned"
     tier.close()
     assert pinning.ranges == {}
 
@@ -226,7 +226,7 @@ def test_memory_that_cannot_be_pinned_is_used_pageable_and_said_once(make, monke
     for slot in range(30):
         assert tier.allocate() == slot
         tier.block(slot).fill_(slot)
-    assert tier.memory_kind == "pageable: pinning failed"
+    assert tier.where == "pageable: pinning failed"
     assert pinning.num_asked == 2  # once refused, not asked again
     assert len(said) == 1
     assert "8.0 MiB of host memory cannot be pinned" in said[0]
@@ -237,7 +237,7 @@ def test_memory_that_cannot_be_pinned_is_used_pageable_and_said_once(make, monke
 def test_without_pinning_memory_is_pageable(make):
     tier = make(10)
     tier.allocate()
-    assert tier.memory_kind == "pageable"
+    assert tier.where == "pageable"
 
 
 def test_cuda_registers_for_all_devices_and_tells_a_refusal(monkeypatch):

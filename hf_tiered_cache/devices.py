@@ -8,6 +8,7 @@ which kernel runs on a device, `tiers.device` how its memory is allocated.)
 from types import ModuleType
 
 import torch
+from transformers.utils import logging
 
 from hf_tiered_cache.config import free_memory_bytes
 from hf_tiered_cache.cpu_lane import CpuLane
@@ -19,6 +20,8 @@ from hf_tiered_cache.tiers import numa
 from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.pinning import CudaPinning, Pinning
+
+logger = logging.get_logger(__name__)
 
 SUPPORTED = ("cpu", "cuda")
 
@@ -53,7 +56,7 @@ def copy_lane(device: torch.device) -> CopyLane | None:
 
 def pinning(device: torch.device) -> Pinning | None:
     """What locks host memory for the device's copies; None where there are none."""
-    return None if device.type == "cpu" else CudaPinning()
+    return None if device.type == "cpu" else CudaPinning(device)
 
 
 def cpus_near(device: torch.device) -> frozenset[int]:
@@ -66,11 +69,20 @@ def cpus_near(device: torch.device) -> frozenset[int]:
 
 def cpu_lane(device: torch.device) -> CpuLane | None:
     """What attends host blocks on the CPU while the device attends the rest; None where the device
-    is the CPU, or where the compiled cores that it needs do not run."""
+    is the CPU, where the compiled cores that it needs do not run, or, said once, where the device
+    refuses flags."""
     module = None if device.type == "cpu" else _cuda_module()
     if module is None or chosen_kernel().core is None:
         return None
-    return CpuLane(CudaFlags(device, module))
+    flags = CudaFlags(device, module)
+    reason = flags.refusal()
+    if reason:
+        logger.warning_once(
+            f"the CPU attends no host blocks beside {device}, all are carried there (cpu_share=0):"
+            f" the device and the CPU cannot wait for one another ({reason})"
+        )
+        return None
+    return CpuLane(flags)
 
 
 def group_columns(layout: BlockLayout, device: torch.device) -> int:

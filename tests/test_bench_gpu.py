@@ -196,7 +196,7 @@ def test_the_self_test_asks_the_core_what_the_lanes_ask(tiny, monkeypatch):
         stream = FakeStream(GPU)
         stream.device_index = 0
         monkeypatch.setattr(selftest, "core_and_stream", lambda _: (gpu.module, stream))
-        monkeypatch.setattr(selftest, "CudaPinning", RefusingPinning)
+        monkeypatch.setattr(selftest, "CudaPinning", lambda _device: RefusingPinning())
         monkeypatch.setattr(RefusingPinning, "unregister", lambda *_: None)
         assert [row.measured for row in selftest.flags(tiny)] == ["work"]
         rows = list(selftest.registered_copies(tiny))

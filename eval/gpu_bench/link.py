@@ -172,7 +172,7 @@ def pinning_rows(bench: Bench) -> Iterator[Row]:
     memory[::4096].fill_(1)
     touched = perf_counter()
     if bench.machine.is_cuda:
-        pinning = CudaPinning()
+        pinning = CudaPinning(bench.machine.device)
         is_locked = pinning.register(memory.data_ptr(), size)
         locked = perf_counter()
         if is_locked:

@@ -66,7 +66,7 @@ def registered_copies(bench: Bench) -> Iterator[Row]:
     place = (stream.device_index, stream.cuda_stream)
     for size in PIECE_BYTES:
         mapping, slab = virtual_slab(2 * PIECES, size, "host")
-        is_pinned = CudaPinning().register(slab.data_ptr(), slab.numel())
+        is_pinned = CudaPinning(bench.machine.device).register(slab.data_ptr(), slab.numel())
         slab.view(-1).view(torch.int32).copy_(torch.arange(slab.numel() // 4))
         target = torch.zeros((PIECES, size), dtype=torch.uint8, device=bench.machine.device)
         bench.machine.synchronize()
@@ -86,7 +86,7 @@ def registered_copies(bench: Bench) -> Iterator[Row]:
             seconds.append(perf_counter() - start)
         is_right = torch.equal(target.cpu(), slab[::2])
         if is_pinned:
-            CudaPinning().unregister(slab.data_ptr())
+            CudaPinning(bench.machine.device).unregister(slab.data_ptr())
         if not is_right:
             raise RuntimeError(f"pieces of {size} bytes from registered memory came out wrong")
         rate = PIECES * size / median(seconds)

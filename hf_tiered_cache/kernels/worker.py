@@ -4,6 +4,7 @@ The thread needs neither the interpreter nor its caller, so it serves a device t
 for flags in its own order; see `csrc/attention_worker.h`.
 """
 
+import os
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -26,6 +27,7 @@ from hf_tiered_cache.layout import BlockLayout
 
 # What a job knows of a call: nothing that masks but by position.
 KNOWN_FACTS = frozenset(("kv_tokens", "query_start", "scale", "causal", "softcap", "sinks"))
+SPARE_PROCESSORS = 2
 PROBE_ROUNDS = 3
 PROBE_GROUP = 4  # query heads for each key-value head, as most models have them
 PROBE_HEAD_DIM, PROBE_TOKENS = 64, 16  # planes of 2 KiB in 16 bits: they fill any block
@@ -45,6 +47,9 @@ class AttentionWorker:
             )
         self._core = kernel.core
         self._worker = self._core.module.AttentionWorker()
+        # The kernel's threads are pinned to a processor each: the thread that gives the device its
+        # work, and what else there is, must find others.
+        self.num_threads = max(1, min(torch.get_num_threads(), num_processors() - SPARE_PROCESSORS))
 
     def submit(
         self,
@@ -78,7 +83,7 @@ class AttentionWorker:
                 scale=call.scale,
                 softcap=call.softcap or 0.0,
                 state=state_pointers(state),
-                num_threads=torch.get_num_threads(),
+                num_threads=self.num_threads,
                 ready=flags[0],
                 done=flags[1],
                 value=value,
@@ -98,6 +103,13 @@ class AttentionWorker:
     def close(self) -> None:
         """End the job under way, cancel the others, join the thread. Idempotent."""
         self._worker.close()
+
+
+def num_processors() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def attention_rate(blocks: Tensor) -> float:

@@ -202,7 +202,8 @@ def test_what_it_did_is_counted(lane, blocks):
 
 def test_the_probe_works_on_blocks_of_any_size():
     for num_bytes in (4096, 65536 + 4096):
-        assert attention_rate(torch.full((3, num_bytes), 255, dtype=torch.uint8)) > 0
+        blocks = torch.full((3, num_bytes), 255, dtype=torch.uint8)
+        assert attention_rate(AttentionWorker(), blocks) > 0
 
 
 @pytest.mark.parametrize(

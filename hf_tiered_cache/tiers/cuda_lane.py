@@ -6,6 +6,7 @@ run under a stream of his own. Only memory of the cache's own tiers is touched h
 the cache lives, so torch's allocator need not know (no `record_stream`).
 """
 
+import itertools
 from collections.abc import Sequence
 from time import monotonic
 from types import ModuleType
@@ -142,6 +143,13 @@ class CudaLane:
             rates.append(sum(block.numel() for block in pinned) / begin.elapsed_time(end) * 1000)
         self._counters.probed_rate = max(rates)
         return self._counters.probed_rate
+
+    def occupy(self, pinned: Sequence[torch.Tensor], target: torch.Tensor, num_bytes: int) -> None:
+        """Begin to carry so many bytes, for others to be measured beside it."""
+        blocks = itertools.cycle(pinned)
+        with torch.cuda.stream(self._loads):
+            for _ in range(0, num_bytes, target.numel()):
+                target.copy_(next(blocks), non_blocking=True)
 
     def _copy(
         self,

@@ -113,6 +113,8 @@ def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: Att
     if reasons:
         raise UnsupportedInputError(f"flash attention cannot do this: {'; '.join(reasons)}")
     _check_borders(view, call.kv_tokens)
+    if query.is_cuda:
+        view.note_stream(torch.cuda.current_stream(query.device).cuda_stream)
     if call.starts is None:
         _attend_rows(state, query, view, call, start=0)
         return

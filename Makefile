@@ -45,9 +45,9 @@ bench-quick: $(BUILT)
 	$(BIN)/python eval/bench_offload.py --quick
 
 # For a machine with a GPU, where everything needed is installed already: builds in place for that
-# machine's own GPU, makes no environment, downloads nothing. GPU="--quick" is passed on.
+# machine's own GPU (a build that fails is a row, and plain torch is measured), makes no environment,
+# downloads nothing. GPU="--json path --log-dir dir --quick" is passed on.
 gpu:
-	HF_TIERED_CACHE_BUILD_CUDA=native $(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) eval/bench_gpu.py $(GPU)
 
 # Trains the byte-level model in eval/tiny_lm again; about an hour on two cores.

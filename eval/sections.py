@@ -11,11 +11,12 @@ import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from time import monotonic
 from typing import Any, Protocol
 
-START_SECONDS = 60  # for a fresh process to import torch and make a model
+START_SECONDS = 40  # for a fresh process to import torch and make a model
 END_SECONDS = 10  # for a process that was told to end
 
 
@@ -61,6 +62,28 @@ class Skipped(Exception):  # noqa: N818 - no error: the reason why a section doe
     """Raised by a section that this machine is too small for; its message is the reason."""
 
 
+def attempted(workshop: "Workshop", what: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """One part of a section: where it fails, or does not apply, that is a row of its own and the
+    section goes on, as long as the device still works."""
+    try:
+        yield from rows
+    except Skipped as reason:
+        yield Row(what, verdict="skipped", note=str(reason))
+    except Exception as cause:
+        data = {"traceback": traceback.format_exc()}
+        yield Row(what, verdict="FAILED", note=reason_of(cause), data=data)
+        # What the failed part held is held by its traceback.
+        traceback.clear_frames(cause.__traceback__)
+        gc.collect()
+        if not workshop.is_usable():
+            raise
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 class Workshop(Protocol):
     """What sections are given; made in the child."""
 
@@ -87,7 +110,7 @@ def run_sections(
     """The rows of all sections: name -> (seconds it may need, what it does).
 
     `make_workshop` and the sections are sent to child processes, so they must be importable.
-    `write` is called with all rows and facts after each section.
+    Each row is printed, and `write` called with all rows and facts, as it comes.
     """
     deadline = monotonic() + time_limit
     waiting = dict(sections)
@@ -95,6 +118,12 @@ def run_sections(
     facts: dict[str, Any] = {}
     rates: dict[str, float] = {}
     child: Child | None = None
+
+    def add(section: str, row: Row) -> None:
+        rows.append(row)
+        print(f"[{section}] {row.line()}", flush=True)
+        write(rows, facts if child is None else facts | child.facts)
+
     while waiting:
         name = next(iter(waiting))
         seconds, section = waiting.pop(name)
@@ -102,22 +131,20 @@ def run_sections(
         left = deadline - monotonic()
         if needed > left:
             note = f"needs up to {needed:.0f} s, {max(0.0, left):.0f} s are left"
-            new = [Row(name, verdict="skipped", note=note)]
-        else:
-            if child is None:
-                child = Child(make_workshop, rates)
-            # A slow section may take what the estimates of all leave over, up to its own again.
-            spare = left - sum(other for other, _ in waiting.values())
-            new, is_alive = child.run(name, section, max(needed, min(spare, needed + seconds)))
-            facts |= child.facts
-            rates |= child.rates
-            if not is_alive:
-                child.close()
-                child = None
-        for row in new:
-            print(f"[{name}] {row.line()}", flush=True)
-        rows += new
-        write(rows, facts)
+            add(name, Row(name, verdict="skipped", note=note))
+            continue
+        if child is None:
+            child = Child(make_workshop, rates)
+        # A slow section may take what the estimates of all leave over, up to its own again.
+        spare = left - sum(other for other, _ in waiting.values())
+        is_alive = child.run(
+            name, section, max(needed, min(spare, needed + seconds)), partial(add, name)
+        )
+        facts |= child.facts
+        rates |= child.rates
+        if not is_alive:
+            child.close()
+            child = None
     if child is not None:
         child.close()
     return rows
@@ -153,9 +180,8 @@ class Child:
         self._process.start()
         theirs.close()
 
-    def run(self, name: str, section: Section, seconds: float) -> tuple[list[Row], bool]:
-        """The rows of a section, and whether the process can go on."""
-        rows: list[Row] = []
+    def run(self, name: str, section: Section, seconds: float, add: Callable[[Row], None]) -> bool:
+        """Run a section and add its rows as they come; whether the process can go on."""
         deadline = monotonic() + seconds
         why = f"no end after {seconds:.0f} s"
         try:
@@ -163,22 +189,24 @@ class Child:
             while self._pipe.poll(max(0.0, deadline - monotonic())):
                 kind, what = self._pipe.recv()
                 if kind == "row":
-                    rows.append(what)
+                    add(what)
                 elif kind == "facts":
                     self.facts |= what
                 elif kind == "done":
                     self.rates |= what
-                    return rows, True
+                    return True
                 elif kind == "skipped":
-                    return [*rows, Row(name, verdict="skipped", note=what)], True
+                    add(Row(name, verdict="skipped", note=what))
+                    return True
                 elif kind == "failed":
                     why, trace, is_alive = what
-                    data = {"traceback": trace}
-                    return [*rows, Row(name, verdict="FAILED", note=why, data=data)], is_alive
+                    add(Row(name, verdict="FAILED", note=why, data={"traceback": trace}))
+                    return is_alive
         except (EOFError, OSError):
             self._process.join(END_SECONDS)
             why = f"its process died, exit status {self._process.exitcode}"
-        return [*rows, Row(name, verdict="FAILED", note=why)], False
+        add(Row(name, verdict="FAILED", note=why))
+        return False
 
     def close(self) -> None:
         """End the process, at once if it does not do so by itself."""
@@ -212,7 +240,6 @@ def serve(
             pipe.send(("skipped", str(reason)))
         except Exception as cause:
             traceback.print_exc()
-            why = f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
             is_usable = workshop is not None and workshop.is_usable()
-            pipe.send(("failed", (why, traceback.format_exc(), is_usable)))
+            pipe.send(("failed", (reason_of(cause), traceback.format_exc(), is_usable)))
         gc.collect()  # caches that a failed section left

@@ -176,9 +176,14 @@ class BlockReader:
         lanes = (copy_lane, self._cpu_lane)
         before, self._lane_waits = self._lane_waits, [lane.measure().wait_seconds for lane in lanes]
         copy_wait, cpu_wait = (b - a for a, b in zip(before, self._lane_waits, strict=True))
-        if self.split.correct(copy_wait, cpu_wait):
-            with self._blocks.changing:
-                self._stream.clear()  # some of what is staged may not be wanted any more
+        self.split.correct(copy_wait, cpu_wait, perf_counter())
+        # What is staged stays, but for blocks that are the CPU's now: by the new share, or because
+        # more blocks came to the host. Nobody else would give their slots back.
+        with self._blocks.changing:
+            for table in self._blocks.tables:
+                for part in self.plan(table, table.num_blocks, beside=True).below:
+                    for block in table.blocks(part.first, part.last):
+                        self._stream.discard(block)
 
     def count(self, part: InPlace) -> None:
         """Note that a part is read where it lies."""

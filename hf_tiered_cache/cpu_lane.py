@@ -150,7 +150,7 @@ class CpuLane:
 
     def probe(self, blocks: Tensor) -> float:
         """Bytes per second that the CPU attends, on uint8 `[slots, num_bytes]` nobody needs."""
-        self._counters.probed_rate = attention_rate(blocks)
+        self._counters.probed_rate = attention_rate(self._worker, blocks)
         return self._counters.probed_rate
 
     def measure(self) -> LaneCounters:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
+from transformers.utils import logging
 
 from hf_tiered_cache.config import free_memory_bytes
 from hf_tiered_cache.cpu_lane import CpuLane
@@ -22,6 +23,8 @@ from hf_tiered_cache.tiers import numa
 from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.pinning import CudaPinning, Pinning
+
+logger = logging.get_logger(__name__)
 
 
 class Device(Registered, ABC, kind="device"):
@@ -109,12 +112,24 @@ class CudaDevice(Device, name="cuda"):
         super().__init__(torch_device)
         module = _cuda_module()
         self.copy_lane = CudaLane(torch_device, module)
-        self.pinning = CudaPinning()
+        self.pinning = CudaPinning(torch_device)
         if module is not None:
             address = module.device_properties(torch_device.index)["pci_bus_id"]
             self.cpus_near = numa.cpus_near(address)
             if chosen_kernel().core is not None:
-                self.cpu_lane = CpuLane(CudaFlags(torch_device, module))
+                self.cpu_lane = self._cpu_lane(module)
+
+    def _cpu_lane(self, module: ModuleType) -> CpuLane | None:
+        """None, said once, where the device refuses flags."""
+        flags = CudaFlags(self.torch_device, module)
+        reason = flags.refusal()
+        if not reason:
+            return CpuLane(flags)
+        logger.warning_once(
+            f"the CPU attends no host blocks beside {self.torch_device}, all are carried there"
+            f" (cpu_share=0): the device and the CPU cannot wait for one another ({reason})"
+        )
+        return None
 
     @classmethod
     def is_available(cls) -> bool:

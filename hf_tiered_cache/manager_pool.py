@@ -24,6 +24,7 @@ from hf_tiered_cache.config import (
 from hf_tiered_cache.demotion import DemotionPolicy
 from hf_tiered_cache.devices import Device, has_accelerator
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError
+from hf_tiered_cache.kernels.worker import PROBE_ROUNDS
 from hf_tiered_cache.lane_split import LaneSplit
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.metrics import Counters, LaneStats, TierStats
@@ -46,6 +47,7 @@ LANE_STAGING_BYTES = 256 * 1024 * 1024
 # Pinned, for what passes between a GPU and the disk, or pageable memory: at most this for blocks of
 # one shape on one device (or two blocks), whatever host_bytes says.
 BOUNCE_BYTES = 64 * 1024 * 1024
+PROBE_BYTES = 1024 * 1024 * 1024  # attended to measure the CPU's rate; some caches hold 512 MiB
 PAGE_CACHE_SHARE = 0.25  # of free memory, for what of the disk tier goes through the page cache
 MIN_STAGING_BLOCKS = 2  # one is attended while one loads
 
@@ -212,9 +214,22 @@ class ManagerPool:
         slot = tier.allocate()
         if slot is None:
             return LaneSplit(0.0)
-        copy_rate = device.copy_lane.probe(ring.slab.unbind(), tier.block(slot))
+        pinned, target = ring.slab.unbind(), tier.block(slot)
+        copy_rate = device.copy_lane.probe(pinned, target)
+        # Memory feeds both lanes at once, so the CPU is measured beside a copy that takes longer.
+        memory = self._probe_memory(tier.block_bytes)
+        device.copy_lane.occupy(pinned, target, (PROBE_ROUNDS + 1) * memory.numel())
+        cpu_rate = device.cpu_lane.probe(memory)
+        device.copy_lane.settle()
         tier.free(slot)
-        return LaneSplit.measured(copy_rate, device.cpu_lane.probe(ring.slab))
+        return LaneSplit.measured(copy_rate, cpu_rate)
+
+    def _probe_memory(self, block_bytes: int) -> torch.Tensor:
+        """uint8 `[slots, block_bytes]` that no processor's cache holds, where the budget of the
+        host's memory, out of which nothing is taken yet, is that large."""
+        free = next((budget.free_bytes for kind, budget in self._lower if kind.has_addresses), 0)
+        num_bytes = min(PROBE_BYTES, free)
+        return torch.empty((max(1, num_bytes // block_bytes), block_bytes), dtype=torch.uint8)
 
     def _staging_bytes(self, place: "_Place") -> int:
         if self.config.staging_bytes != AUTO:

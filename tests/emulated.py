@@ -84,6 +84,10 @@ class EmulatedCore(CudaCore):
         """Decide the order of threads from here on."""
         self.exports.emulation_set_seed(ctypes.c_uint64(seed))
 
+    def refuse_batches(self, error: int) -> None:
+        """Let every batch of copies fail with this CUDA error from here on (0: none)."""
+        self.exports.emulation_refuse_batches(error)
+
     def take_copies(self) -> tuple[int, int, int]:
         """(single copies, batches, pieces in batches) since the last call."""
         counts = (ctypes.c_int * 3)()

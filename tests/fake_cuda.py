@@ -67,6 +67,9 @@ class FakeStream:
         assert event.at is not None, "waits for a moment that was never set: CUDA would not wait"
         self.seen.append(("wait", event.at))
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         self.seen.append(("synchronize", None))
 

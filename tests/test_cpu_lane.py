@@ -10,8 +10,8 @@ import torch
 
 from hf_tiered_cache.cpu_lane import MAX_ROWS, CpuLane
 from hf_tiered_cache.errors import ClosedCacheError, TierIOError, UnsupportedInputError
-from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.kernels.worker import attention_rate
+from hf_tiered_cache.kernels import ops, worker
+from hf_tiered_cache.kernels.worker import AttentionWorker, attention_rate
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.metrics import LaneCounters
 
@@ -117,6 +117,14 @@ def test_the_state_is_that_of_the_kernel_and_joins_the_devices(lane, blocks):
         torch.testing.assert_close(ops.finish_attention(state).out, whole)
 
 
+def test_two_processors_are_left_to_others(monkeypatch):
+    """The lane's threads are pinned; who gives the device its work must not share one."""
+    for processors, threads, expected in ((16, 16, 14), (16, 8, 8), (2, 2, 1), (1, 1, 1)):
+        monkeypatch.setattr(worker, "num_processors", lambda number=processors: number)
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=threads: number)
+        assert AttentionWorker().num_threads == expected
+
+
 def test_nothing_is_attended_before_the_query_is_there(lane, flags, blocks):
     flags.held = []
     transfer = lane.begin(query(), views(blocks), CALL)
@@ -194,7 +202,8 @@ def test_what_it_did_is_counted(lane, blocks):
 
 def test_the_probe_works_on_blocks_of_any_size():
     for num_bytes in (4096, 65536 + 4096):
-        assert attention_rate(torch.full((3, num_bytes), 255, dtype=torch.uint8)) > 0
+        blocks = torch.full((3, num_bytes), 255, dtype=torch.uint8)
+        assert attention_rate(AttentionWorker(), blocks) > 0
 
 
 @pytest.mark.parametrize(

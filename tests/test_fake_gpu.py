@@ -1,5 +1,7 @@
 """Every line of the way of a GPU, on the CPU: torch's streams played, the CUDA core emulated."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fake_cuda import GPU, FakeEvent, FakeStream, fake_gpu
@@ -7,7 +9,10 @@ from test_generate_parity import SMALLEST, check_integrity, run, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
-from hf_tiered_cache.kernels import flash
+from hf_tiered_cache.devices import CudaDevice
+from hf_tiered_cache.kernels import flash, ops
+from hf_tiered_cache.kernels.loader import default_kernel
+from hf_tiered_cache.tiers import cuda_lane
 from hf_tiered_cache.tiers.cuda_clock import CudaClock
 
 BLOCK = 4096
@@ -90,8 +95,6 @@ def test_bits_do_not_depend_on_budgets_on_the_copy_lane(make_cache):
 @pytest.mark.parametrize("sizes", ["host", "disk"])
 def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch, sizes):
     """Prefill goes to flash attention as on a GPU, whatever of the past is cold."""
-    from hf_tiered_cache.kernels import ops
-
     model = tiny_model("Llama")
     ids = torch.randint(2, 97, (1, 150), generator=torch.Generator().manual_seed(3))
     expected, _ = run(model, DynamicCache(), ids)
@@ -122,6 +125,34 @@ def test_chunks_are_what_flash_attention_takes(make_cache, monkeypatch, sizes):
     group = 16 * 4
     assert {first % group for first, _ in calls} == {0}
     assert len({first for first, _ in calls}) > 1
+
+
+def refusing(*_: object) -> None:
+    raise RuntimeError("planted: not supported")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"write_flag": lambda *_: None}, "not raised within 0.01 s"),
+        ({"write_flag": refusing}, "planted: not supported"),
+        ({"wait_flag": refusing}, "planted: not supported"),
+        ({}, ""),
+    ],
+)
+def test_a_device_that_refuses_flags_has_no_cpu_lane_and_says_so_once(
+    told_by, monkeypatch, broken, said
+):
+    told, device = told_by("devices"), SimpleNamespace(torch_device=torch.device("cuda", 0))
+    with fake_gpu() as gpu:
+        for name, function in broken.items():
+            monkeypatch.setattr(gpu.module.module, name, function)
+        monkeypatch.setattr(cuda_lane, "TRY_SECONDS", 0.01)
+        with ops.use_kernel(default_kernel()):
+            lane = CudaDevice._cpu_lane(device, gpu.module)
+    assert (lane is None) == bool(said)
+    assert len(told) == bool(said)
+    assert not said or said in told[0]
 
 
 def test_loads_come_behind_the_marks_and_the_stream_waits_for_them():

@@ -11,10 +11,12 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
-from hf_tiered_cache import block_reader
+from hf_tiered_cache import block_reader, manager_pool
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.devices import CpuDevice, Device
 from hf_tiered_cache.errors import TierIOError
+from hf_tiered_cache.metrics import LaneCounters
+from hf_tiered_cache.stream import BlockStream
 from hf_tiered_cache.tiers import DiskTier, Transfer
 from hf_tiered_cache.tiers.base import io_error
 
@@ -123,19 +125,48 @@ def test_the_cpu_attends_its_share_beside_the_device(make_cache, sizes, cpu_shar
         assert late.lane.num_loads > 0
 
 
-def test_the_shares_follow_the_waits(make_cache, monkeypatch):
-    """A device that waits for the CPU gives it less, and what was staged is given up."""
+@pytest.mark.parametrize("waited_for", ["CPU lane", "copy lane"])
+def test_the_shares_follow_the_waits(make_cache, monkeypatch, waited_for):
+    """A device that waits for one lane gives it less, and what was staged stays, but for the blocks
+    that the CPU attends from then on."""
     model = tiny_model("Llama")
     expected, _ = run(model, DynamicCache())
     monkeypatch.setattr(block_reader, "JOINS_PER_CORRECTION", 2)
+    monkeypatch.setattr(BlockStream, "clear", lambda _: pytest.fail("the ring was given up"))
     with Late(has_cpu_lane=True) as late:
         waits = count()
-        monkeypatch.setattr(late.flags, "wait_seconds", lambda: next(waits))
+        if waited_for == "CPU lane":
+            monkeypatch.setattr(late.flags, "wait_seconds", lambda: next(waits))
+        else:
+            measure = lambda: LaneCounters(wait_seconds=next(waits))  # noqa: E731
+            monkeypatch.setattr(late.lane, "measure", measure)
         tokens, _, cache = generate(make_cache, model, **SIZES["host"])
         assert torch.equal(tokens, expected)
         (manager,) = cache._owned.pool.managers
-        assert not manager.split.is_fixed
-        assert manager.split.cpu_share < 0.1
+        split = manager.split
+        assert not split.is_fixed
+        assert split.cpu_share == (split.least if waited_for == "CPU lane" else split.most)
+        reader = manager._reader
+        reader._correct_split()
+        staged = set(manager._stream._staged)
+        for table in manager.blocks.tables:
+            for part in reader.plan(table, table.num_blocks, beside=True).below:
+                assert not staged & set(table.blocks(part.first, part.last))
+        cache.close()
+
+
+def test_the_cpu_is_probed_beside_a_copy_on_more_than_a_cache_holds(make_cache, monkeypatch):
+    probed = []
+
+    def probe(self, blocks):
+        probed.append((blocks.numel(), late.lane.occupied_bytes))
+        return 1e9
+
+    monkeypatch.setattr(CpuLane, "probe", probe)
+    assert manager_pool.PROBE_BYTES >= 1 << 30
+    with Late(has_cpu_lane=True) as late:
+        _, _, cache = generate(make_cache, tiny_model("Llama"), **SIZES["host"])
+        assert probed == [(1000 * BLOCK, 4 * 1000 * BLOCK)], "as much as the budget allows"
         cache.close()
 
 

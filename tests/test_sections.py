@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import sections
-from sections import Row, Skipped, at_least, at_most, run_sections
+from sections import Row, Skipped, at_least, at_most, attempted, run_sections
 
 
 class Workshop:
@@ -98,11 +98,32 @@ def test_all_run_in_one_process_and_each_is_written_at_once(run):
 
 
 def test_one_that_raises_is_told_with_the_rows_it_had_and_the_rest_go_on(run):
-    rows, _ = run(raising, good)
+    rows, written = run(raising, good)
     assert verdicts(rows) == ["", "FAILED", ""]
+    assert [len(rows) for rows, _ in written] == [1, 2, 3], "each row as it came"
     assert rows[1].note == "RuntimeError: planted"
     assert "in raising" in rows[1].data["traceback"]
     assert rows[2].measured == "2", "the process was still good"
+
+
+def test_a_part_that_fails_costs_no_other_unless_the_device_is_broken():
+    def part(error=None):
+        yield Row("before")
+        if error is not None:
+            raise error
+
+    shop = Workshop({})
+    rows = [
+        row
+        for error in (RuntimeError("planted"), Skipped("too small"), None)
+        for row in attempted(shop, "part", part(error))
+    ]
+    assert verdicts(rows) == ["", "FAILED", "", "skipped", ""]
+    assert rows[1].note == "RuntimeError: planted"
+    assert rows[3].note == "too small"
+    shop.is_broken = True
+    with pytest.raises(RuntimeError, match="planted"):
+        list(attempted(shop, "part", part(RuntimeError("planted"))))
 
 
 def test_one_that_breaks_the_device_costs_only_the_process(run):

@@ -167,8 +167,11 @@ class CudaCore(Core):
             state is not None,
         )
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=query.device)
+        device, stream = self.place(query)
+        view.note_stream(stream)
         self.module.attend(
-            *self.place(query),
+            device,
+            stream,
             DTYPE_NUMBERS[view.layout.dtype],
             query.data_ptr(),
             query.shape,
@@ -203,8 +206,11 @@ class CudaCore(Core):
 
     def append(self, keys: Tensor, values: Tensor, view: BlockView, start_token: int) -> None:
         """See `Core`."""
+        device, stream = self.place(keys)
+        view.note_stream(stream)
         self.module.append(
-            *self.place(keys),
+            device,
+            stream,
             keys.data_ptr(),
             keys.shape,
             keys.stride(),

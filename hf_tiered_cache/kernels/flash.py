@@ -15,6 +15,7 @@ flash's own causal flag means what we mean only where queries and keys stand at 
 row that attends nothing.
 """
 
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -105,16 +106,19 @@ def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: Att
 
     The view begins at a multiple of `group_columns` blocks and ends at one, or at kv_tokens.
     Raises UnsupportedInputError otherwise, and for what `not_supported_reasons` names, before
-    anything is written. `starts` are brought to the host: one synchronisation.
+    anything is written. `starts` are brought to the host: one synchronisation for each tensor,
+    which the chunks and layers of a forward share.
     """
     reasons = not_supported_reasons(query, view.layout, call)
     if reasons:
         raise UnsupportedInputError(f"flash attention cannot do this: {'; '.join(reasons)}")
     _check_borders(view, call.kv_tokens)
+    if query.is_cuda:
+        view.note_stream(torch.cuda.current_stream(query.device).cuda_stream)
     if call.starts is None:
         _attend_rows(state, query, view, call, start=0)
         return
-    for row, start in enumerate(call.starts.tolist()):
+    for row, start in enumerate(_on_host(call.starts)):
         one = slice(row, row + 1)
         _attend_rows(
             RunningState(state.acc[one], state.max[one], state.sum[one]),
@@ -123,6 +127,26 @@ def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: Att
             call,
             start,
         )
+
+
+class _SeenStarts:
+    """The last `starts` that were read, and what they said."""
+
+    def __init__(self) -> None:
+        self.entry: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+
+
+_seen = _SeenStarts()
+
+
+def _on_host(starts: Tensor) -> list[int]:
+    """The positions, kept for the next chunk and layer: to read them waits for the device."""
+    if starts.is_inference():  # these do not count their changes
+        return starts.tolist()
+    entry = _seen.entry  # one step, as other threads may be here
+    if entry is None or entry[0]() is not starts or entry[1] != starts._version:
+        entry = _seen.entry = weakref.ref(starts), starts._version, starts.tolist()
+    return entry[2]
 
 
 def _check_borders(view: BlockView, kv_tokens: int) -> None:

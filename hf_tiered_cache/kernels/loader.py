@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 REFERENCE = "reference"
 ENVIRONMENT_VARIABLE = "HF_TIERED_CACHE_KERNEL"
+CUDA_CAPABILITY = (8, 0)  # the oldest that the CUDA core is compiled for (setup.py)
 BUILD_COMMAND = "pip install --no-build-isolation -e . (or: python setup.py build_ext --inplace)"
 
 
@@ -105,7 +106,17 @@ def cuda_core() -> tuple[CudaCore | None, str]:
     except ImportError as error:
         return None, f"the CUDA core was not built ({error}); install again where nvcc is found"
     num_devices, reason = module.device_count()
-    return (CudaCore(module), "") if num_devices > 0 else (None, reason)
+    if num_devices == 0:
+        return None, reason
+    for device in range(num_devices):
+        found = module.device_properties(device)
+        if found["capability"] < CUDA_CAPABILITY:
+            return None, (
+                f"device {device} ({found['name']}) has compute capability {found['capability']},"
+                f" expected {CUDA_CAPABILITY} or later; hide it (CUDA_VISIBLE_DEVICES) if another"
+                " one is meant"
+            )
+    return CudaCore(module), ""
 
 
 def missing_core(device: torch.device) -> str:

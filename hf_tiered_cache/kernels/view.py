@@ -31,16 +31,22 @@ class BlockView:
     first_token: int = 0
     batch: int = field(init=False)
     device_table: Tensor = field(init=False, repr=False)  # int32 [batch, n] beside the blocks
+    # Handle of the CUDA stream on which `device_table` was made; None where it was given.
+    table_stream: int | None = field(init=False, repr=False)
     # For the compiled core: the order is that of `block_view` in csrc/python_arguments.h.
     core_arguments: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
         blocks, table, layout = self.blocks, self.table, self.layout
+        stream = None
         object.__setattr__(self, "batch", table.size(0))
         if table.is_cpu and not blocks.is_cpu:
             self.check_slots()
             table = table.contiguous().to(blocks.device, non_blocking=True)
+            if table.is_cuda:
+                stream = torch.cuda.current_stream(table.device).cuda_stream
+        object.__setattr__(self, "table_stream", stream)
         object.__setattr__(self, "device_table", table)
         core_arguments = (
             blocks.data_ptr(),
@@ -57,6 +63,13 @@ class BlockView:
             self.first_token,
         )
         object.__setattr__(self, "core_arguments", core_arguments)
+
+    def note_stream(self, stream: int) -> None:
+        """Kernels of this stream (its handle; torch's current one) are about to read
+        `device_table`. Where it was made on another one, torch's allocator, which would reuse the
+        memory at once when the view has gone, is told."""
+        if self.table_stream is not None and self.table_stream != stream:
+            self.device_table.record_stream(torch.cuda.current_stream(self.device_table.device))
 
     def check_slots(self) -> None:
         """Raise UnsupportedInputError if a slot of the CPU's table is outside the slab."""

@@ -4,8 +4,9 @@ The thread needs neither the interpreter nor its caller, so it serves a device t
 for flags in its own order; see `csrc/attention_worker.h`.
 """
 
+import os
 from collections.abc import Sequence
-from time import perf_counter
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from hf_tiered_cache.errors import (
     KernelUnavailableError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.kernels.call import AttentionCall
 from hf_tiered_cache.kernels.cores import DTYPE_NUMBERS, CpuCore, state_pointers
 from hf_tiered_cache.kernels.loader import chosen_kernel
@@ -26,7 +26,9 @@ from hf_tiered_cache.layout import BlockLayout
 
 # What a job knows of a call: nothing that masks but by position.
 KNOWN_FACTS = frozenset(("kv_tokens", "query_start", "scale", "causal", "softcap", "sinks"))
+SPARE_PROCESSORS = 2
 PROBE_ROUNDS = 3
+PROBE_WAIT_SECONDS = 0.1  # at most this long is not interruptible
 PROBE_GROUP = 4  # query heads for each key-value head, as most models have them
 PROBE_HEAD_DIM, PROBE_TOKENS = 64, 16  # planes of 2 KiB in 16 bits: they fill any block
 
@@ -45,6 +47,9 @@ class AttentionWorker:
             )
         self._core = kernel.core
         self._worker = self._core.module.AttentionWorker()
+        # The kernel's threads are pinned to a processor each: the thread that gives the device its
+        # work, and what else there is, must find others.
+        self.num_threads = max(1, min(torch.get_num_threads(), num_processors() - SPARE_PROCESSORS))
 
     def submit(
         self,
@@ -78,7 +83,7 @@ class AttentionWorker:
                 scale=call.scale,
                 softcap=call.softcap or 0.0,
                 state=state_pointers(state),
-                num_threads=torch.get_num_threads(),
+                num_threads=self.num_threads,
                 ready=flags[0],
                 done=flags[1],
                 value=value,
@@ -100,9 +105,17 @@ class AttentionWorker:
         self._worker.close()
 
 
-def attention_rate(blocks: Tensor) -> float:
-    """Bytes per second at which the chosen kernel attends uint8 `[slots, num_bytes]`, which are
-    zeroed for it; 4 query heads on each key-value head, in bfloat16."""
+def num_processors() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def attention_rate(worker: AttentionWorker, blocks: Tensor) -> float:
+    """Bytes per second at which the worker attends uint8 `[slots, num_bytes]`, which are zeroed for
+    it; 4 query heads on each key-value head, in bfloat16. What fits a processor's cache is read
+    from there: only memory that is several times as large says how fast memory is."""
     blocks.zero_()
     slots, num_bytes = blocks.shape
     plane = PROBE_HEAD_DIM * PROBE_TOKENS * torch.bfloat16.itemsize
@@ -112,10 +125,11 @@ def attention_rate(blocks: Tensor) -> float:
     query = torch.zeros(1, PROBE_GROUP * heads, 1, PROBE_HEAD_DIM, dtype=torch.bfloat16)
     tokens = slots * PROBE_TOKENS
     call = AttentionCall(kv_tokens=tokens, query_start=tokens - 1, scale=1.0)
-    seconds = []
-    for _ in range(PROBE_ROUNDS):
-        state = RunningState.begin(query, PROBE_HEAD_DIM)
-        start = perf_counter()
-        ops.attend_blocks(state, query, view, call)
-        seconds.append(perf_counter() - start)
-    return slots * layout.data_bytes / min(seconds)
+    state = RunningState.begin(query, PROBE_HEAD_DIM)
+    flags = torch.zeros(2, dtype=torch.int32)  # raised already
+    addresses = (flags.data_ptr(), flags.data_ptr() + flags.itemsize)
+    jobs = [worker.submit(query, [view], state, addresses, 0, call) for _ in range(PROBE_ROUNDS)]
+    for job in jobs:
+        while not job.is_done:
+            worker.wait(job, PROBE_WAIT_SECONDS)
+    return slots * layout.data_bytes / median(job.seconds for job in jobs)

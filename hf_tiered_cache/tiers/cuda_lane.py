@@ -6,8 +6,11 @@ run under a stream of his own. Only memory of the cache's own tiers is touched h
 the cache lives, so torch's allocator need not know (no `record_stream`).
 """
 
+import itertools
 from collections.abc import Sequence
+from time import monotonic
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +19,7 @@ from hf_tiered_cache.tiers.base import Transfer
 from hf_tiered_cache.tiers.cuda_clock import CudaClock
 
 PROBE_ROUNDS = 4
+TRY_SECONDS = 0.1
 
 
 class CudaMark:
@@ -162,6 +166,13 @@ class CudaLane:
         self._counters.probed_rate = max(rates)
         return self._counters.probed_rate
 
+    def occupy(self, pinned: Sequence[torch.Tensor], target: torch.Tensor, num_bytes: int) -> None:
+        """Begin to carry so many bytes, for others to be measured beside it."""
+        blocks = itertools.cycle(pinned)
+        with torch.cuda.stream(self._loads):
+            for _ in range(0, num_bytes, target.numel()):
+                target.copy_(next(blocks), non_blocking=True)
+
     def _copy(
         self,
         stream: torch.cuda.Stream,
@@ -220,10 +231,34 @@ class CudaLane:
 class CudaFlags:
     """Flags in pinned memory that a CUDA device raises and waits for; see `DeviceFlags`."""
 
+    # Words that a device did not raise in time: it may do so later, so they stay.
+    _unsettled: ClassVar[list[torch.Tensor]] = []
+
     def __init__(self, device: torch.device, core: ModuleType) -> None:
         self._device = device
         self._core = core
         self._waits = CudaClock()
+
+    def refusal(self) -> str:
+        """Why the device does not raise flags or wait for them, as under Windows' driver model or
+        on shared GPUs; empty where it does. A stream of its own tries it, at most `TRY_SECONDS`."""
+        stream, word = torch.cuda.Stream(self._device), self.mailbox(4).view(torch.int32)
+        self._unsettled.append(word)
+        place = (self._device.index, stream.cuda_stream, word.data_ptr(), 1)
+        deadline = monotonic() + TRY_SECONDS
+        try:
+            self._core.write_flag(*place)
+            while int(word) != 1:
+                if monotonic() > deadline:
+                    return f"a flag was not raised within {TRY_SECONDS:g} s"
+            self._core.wait_flag(*place)
+            while not stream.query():
+                if monotonic() > deadline:
+                    return f"a flag that was raised was not seen within {TRY_SECONDS:g} s"
+        except RuntimeError as error:
+            return str(error)
+        self._unsettled[:] = [other for other in self._unsettled if other is not word]
+        return ""
 
     def mailbox(self, num_bytes: int) -> torch.Tensor:
         """uint8 `[num_bytes]`, zeros, that the device and the CPU both read and write."""

@@ -46,7 +46,9 @@ class HostTier(MemoryTier, name="host"):
 
     When half of a slab is handed out the next one is being got: threads touch its pages, then
     `pinning` locks it (None: it stays pageable). Where that is refused, this and all later slabs
-    stay pageable: copies are slower, not wrong; a log line and `where` say so.
+    stay pageable: copies are slower, not wrong; a log line and `where` say so. While a slab
+    is locked the driver may let launches of other threads wait (some 25 ms for 256 MiB), so a
+    prefill whose blocks fill new slabs stands still for moments that a decode step never sees.
     """
 
     def __init__(

@@ -72,5 +72,9 @@ class CopyLane(Protocol):
         """Bytes per second that blocks take to the device, from a few short copies into `target`,
         which nobody uses."""
 
+    def occupy(self, pinned: Sequence[torch.Tensor], target: torch.Tensor, num_bytes: int) -> None:
+        """Begin to carry so many bytes as `probe` does, for others to be measured beside it. Not
+        waited for, but settled by `settle`."""
+
     def measure(self) -> LaneCounters:
         """The totals so far."""

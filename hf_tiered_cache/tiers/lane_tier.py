@@ -93,7 +93,9 @@ class LaneTier(Tier):
         self.name = tier.name
         self._lane = lane
         self._ring = ring
-        # By slot, the last transfer; it may have ended.
+        # By slot, the last transfer of its kind; it may have ended. Each kind keeps its order, so
+        # those before have ended with it, but a load and who else reads end as they like.
+        self._loads: dict[int, Transfer] = {}
         self._readers: dict[int, Transfer] = {}
         self._writers: dict[int, Transfer] = {}
 
@@ -103,13 +105,14 @@ class LaneTier(Tier):
 
     def free(self, slot: int) -> None:
         """Give a slot back, once its transfers have ended: who gets it next may overwrite it."""
-        for transfers in (self._readers, self._writers):
+        for transfers in (self._loads, self._readers, self._writers):
             if slot in transfers:
                 transfers.pop(slot).outlast()
         self.tier.free(slot)
 
     def keep(self, slots: Sequence[int], reader: Transfer) -> None:
-        """Let nobody overwrite the slots before `reader`, which reads them, has ended."""
+        """Let nobody overwrite the slots before `reader`, which reads them, has ended. Readers end
+        in the order in which they are told here."""
         for slot in slots:
             self._readers[slot] = reader
 
@@ -122,7 +125,7 @@ class LaneTier(Tier):
         pinned = self._pinned(slots)
         if pinned is not None:
             transfer = self._lane.load(pinned, out)
-            self.keep(slots, transfer)
+            self._loads.update(dict.fromkeys(slots, transfer))
             return transfer
 
         def load(part: slice) -> Transfer:
@@ -170,7 +173,7 @@ class LaneTier(Tier):
 
     def keep_only(self, slots: Iterable[int]) -> None:
         """Give back every slot but these; see `Tier.keep_only`."""
-        self._readers, self._writers = {}, {}  # they have ended
+        self._loads, self._readers, self._writers = {}, {}, {}  # they have ended
         self.tier.keep_only(slots)
 
     def check_allocated(self, slots: Sequence[int]) -> None:

@@ -18,15 +18,21 @@ class Pinning(Protocol):
 
 
 class CudaPinning:
-    """Ranges are registered with the CUDA driver."""
+    """Ranges are registered with the CUDA driver, in the context of one device: a thread that has
+    set none would make one on the first device, which may be in nobody's use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def register(self, address: int, num_bytes: int) -> bool:
         """Lock a range; False, and nothing changed, where that is refused."""
-        status = torch.cuda.cudart().cudaHostRegister(
-            address, num_bytes, CUDA_HOST_REGISTER_PORTABLE
-        )
+        with torch.cuda.device(self._device):
+            status = torch.cuda.cudart().cudaHostRegister(
+                address, num_bytes, CUDA_HOST_REGISTER_PORTABLE
+            )
         return int(status) == 0
 
     def unregister(self, address: int) -> None:
         """Unlock the range that was registered at `address`."""
-        torch.cuda.cudart().cudaHostUnregister(address)
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(address)

@@ -40,6 +40,39 @@ def test_neighbours_on_both_sides_become_one_run(core, memory, direction):
     assert copy(core, *memory, blocks, direction) == (1, 0, 0)  # 1 MiB in one piece
 
 
+def test_neighbours_are_found_in_whatever_order_they_come(core, memory):
+    """Slots are handed out in any order; a call for each block is what costs."""
+    order = [5, 2, 0, 7, 1, 6, 3]  # 0 to 3 and 5 to 7
+    blocks = [(slot << 20, slot << 20, 1 << 20) for slot in order]
+    assert copy(core, *memory, blocks) == (0, 1, 2)
+
+
+def test_blocks_of_a_mebibyte_go_in_one_batch(core, memory):
+    blocks = [((3 - slot) << 20, slot << 20, 1 << 20) for slot in range(4)]
+    assert copy(core, *memory, blocks) == (0, 1, 4)
+
+
+@pytest.mark.parametrize("error", [36, 801])  # newer driver required, not supported
+def test_a_driver_without_batches_copies_one_by_one(core, memory, error):
+    blocks = [((3 - slot) << 20, slot << 20, 1 << 20) for slot in range(4)]
+    core.refuse_batches(error)
+    try:
+        assert copy(core, *memory, blocks) == (4, 0, 0)
+        assert core.exports.emulation_take_error() == 0, "left for the next caller of CUDA"
+    finally:
+        core.refuse_batches(0)
+
+
+def test_any_other_error_of_a_batch_is_told(core, memory):
+    blocks = [((3 - slot) << 20, slot << 20, 1 << 20) for slot in range(4)]
+    core.refuse_batches(700)
+    try:
+        with pytest.raises(RuntimeError, match="CUDA error 700"):
+            copy(core, *memory, blocks)
+    finally:
+        core.refuse_batches(0)
+
+
 def test_neighbours_on_one_side_only_stay_apart(core, memory):
     blocks = [(slot * 64 * KIB, slot * 128 * KIB, 64 * KIB) for slot in range(4)]
     assert copy(core, *memory, blocks) == (0, 1, 4)
@@ -72,7 +105,7 @@ def test_pieces_of_all_sizes_in_one_call(core, memory):
         pieces.append((to, begin, num_bytes))
         to += num_bytes
         begin += num_bytes
-    assert copy(core, *memory, pieces) == (2, 1, 3)
+    assert copy(core, *memory, pieces) == (0, 1, 5)
 
 
 def test_nothing_to_copy(core, memory):

@@ -51,6 +51,26 @@ def make(make_case, shape, dtype=torch.float32, **more):
     return make_case(*head, dim, dim, block_tokens, dtype=dtype, **more)
 
 
+def test_starts_are_read_once_for_all_chunks_and_layers(make_case, monkeypatch):
+    """Each time is a wait for the device."""
+    case = make(make_case, (2, 1, 1, 16, 130, 64, 4))
+    starts = torch.tensor([3, 40], dtype=torch.int32)
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(
+        torch.Tensor,
+        "tolist",
+        lambda self: (reads.append(self.data_ptr() == starts.data_ptr()), tolist(self))[1],
+    )
+    for _layer in range(3):
+        state = attend(case, sizes=[1, 1, 1], starts=starts)
+    assert sum(reads) == 1
+    starts.fill_(0)  # a change is seen
+    changed = attend(case, sizes=[1, 1, 1], starts=starts)
+    assert sum(reads) == 2
+    assert not same(state, changed)
+    assert same(changed, attend(case, sizes=[1, 1, 1], starts=starts.clone()))
+
+
 def check(case, **changes) -> None:
     """Against float64 by the textbook."""
     result = ops.finish_attention(attend(case, **changes))

@@ -1,10 +1,13 @@
 """What may be handed in, and what is refused before anything is written."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels.cores import CudaCore
 from hf_tiered_cache.layout import BlockLayout
 
 
@@ -189,3 +192,23 @@ def test_a_device_without_a_core_is_a_reason(make_case):
     case = make_case(tokens=60)
     reasons = ops.not_supported_reasons(case.query.to("meta"), case.layout, case.call())
     assert reasons == ["query on device meta: compiled kernels are for cpu and cuda"]
+
+
+def test_a_table_that_another_stream_reads_is_not_reused_under_it(make_case, monkeypatch):
+    """A cache that goes from one CUDA stream to another, whose order is the caller's, keeps the
+    table that it made on the first."""
+    case = make_case()
+    view = case.view()
+    recorded = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: recorded.append(stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: "the second")
+    module = SimpleNamespace(
+        scratch_bytes=lambda *_: 0, attend=lambda *_: None, append=lambda *_: None
+    )
+    core = CudaCore(module, place=lambda _: (0, 22))
+    query, new = case.query, torch.zeros(case.batch, case.kv_heads, 1, case.key_dim)
+    for made_on, expected in ((None, 0), (22, 0), (11, 2)):
+        object.__setattr__(view, "table_stream", made_on)
+        core.attend(query, view, case.call(), None, None)
+        core.append(new, new, view, 0)
+        assert recorded == ["the second"] * expected

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_the_cuda_core_loads_without_a_driver_and_says_why_it_has_no_device():
     assert num_devices > 0 or reason.startswith("no CUDA device: ")
     if num_devices == 0:
         assert loader.cuda_core() == (None, reason)
+
+
+@pytest.mark.parametrize(("capability", "is_good"), [((7, 5), False), ((8, 0), True)])
+def test_devices_older_than_the_kernels_are_refused_before_the_first_launch(
+    monkeypatch, capability, is_good
+):
+    module = ModuleType("fake")
+    module.device_count = lambda: (2, "")
+    module.device_properties = lambda device: {
+        "name": f"Old {device}",
+        "capability": capability if device else (9, 0),
+    }
+    monkeypatch.setattr(loader, "import_module", lambda _: module)
+    core, reason = loader.cuda_core.__wrapped__()
+    assert (core is not None) == is_good
+    assert is_good or "device 1 (Old 1) has compute capability (7, 5), expected (8, 0)" in reason
 
 
 def test_without_the_cuda_core_the_reason_says_so():

@@ -174,7 +174,7 @@ class LateLane:
         self.device = device
         self.slabs: list[torch.Tensor] = []
         self.counters = LaneCounters()
-        self.num_loads = self.num_stores = 0
+        self.num_loads = self.num_stores = self.occupied_bytes = 0
 
     @contextmanager
     def serving(self):
@@ -237,6 +237,9 @@ class LateLane:
     def probe(self, pinned, target) -> float:
         self.counters.probed_rate = 1e9
         return 1e9
+
+    def occupy(self, pinned, target, num_bytes) -> None:
+        self.occupied_bytes += num_bytes
 
     def measure(self) -> LaneCounters:
         return self.counters

@@ -1,5 +1,6 @@
 """The host tier: memory got ahead of its use, within the budget, pinned where that works."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -255,7 +256,8 @@ def test_cuda_registers_for_all_devices_and_tells_a_refusal(monkeypatch):
             return 0
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    pinning = CudaPinning()
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    pinning = CudaPinning(torch.device("cuda", 0))
     assert pinning.register(4096, MIB)
     assert not pinning.register(8192, MIB)
     pinning.unregister(4096)

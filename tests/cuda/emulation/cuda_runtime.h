@@ -110,9 +110,12 @@ inline float __uint_as_float(unsigned bits) {
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorCallRequiresNewerDriver = 36,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
   cudaErrorSymbolNotFound = 500,
+  cudaErrorNotSupported = 801,
   cudaErrorLaunchFailure = 719,
   cudaErrorUnknown = 999,
 };

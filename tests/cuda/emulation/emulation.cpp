@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 
 constexpr size_t kMaxSharedBytes = 48 << 10;  // what a kernel gets without asking for more
 constexpr size_t kCanaryBytes = 4 << 10;
@@ -297,7 +298,11 @@ const char* cudaGetErrorString(cudaError_t error) {
                                         : emulation::block.error;
   return text.c_str();
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t last_error = cudaSuccess;
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+extern "C" __attribute__((visibility("default"))) int emulation_take_error() {
+  return cudaGetLastError();
+}
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = kNumDevices;
   return cudaSuccess;
@@ -326,6 +331,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   ++emulation::num_copies[0];
   return cudaSuccess;
 }
+cudaError_t batch_refusal = cudaSuccess;
+extern "C" __attribute__((visibility("default"))) void emulation_refuse_batches(int error) {
+  batch_refusal = static_cast<cudaError_t>(error);
+}
 cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const size_t* bytes,
                                  size_t count, cudaMemcpyAttributes* attributes,
                                  size_t* attribute_indices, size_t num_attributes,
@@ -334,6 +343,7 @@ cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const
       attributes->srcAccessOrder < cudaMemcpySrcAccessOrderStream) {
     return cudaErrorInvalidValue;
   }
+  if (batch_refusal != cudaSuccess) return last_error = batch_refusal;
   // In no particular order.
   for (size_t i = count; i-- > 0;) std::memcpy(to[i], from[i], bytes[i]);
   ++emulation::num_copies[1];

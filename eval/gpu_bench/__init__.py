@@ -1,0 +1,1 @@
+"""The sections of `bench_gpu.py`, by what they are about, and what they share."""

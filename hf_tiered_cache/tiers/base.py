@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -206,17 +206,6 @@ class _Ended(NamedTuple):
     ended: float
 
 
-class Memory(Protocol):
-    """Slots that have addresses: a tier in memory."""
-
-    @property
-    def slab(self) -> torch.Tensor:
-        """uint8 `[slots, block_bytes]`, a block a row."""
-
-    def block(self, slot: int) -> torch.Tensor:
-        """A view of the block in `slot`: uint8 `[block_bytes]`."""
-
-
 DONE = Transfer(num_parts=0)
 """A finished transfer, shared by everything that has nothing to wait for."""
 
@@ -288,8 +277,8 @@ class Tier(Registered, ABC, kind="tier"):
         UnsupportedInputError for a tensor that does not fit, both before anything is read.
         """
 
-    def load(self, slots: Sequence[int], memory: "Memory", targets: Sequence[int]) -> Transfer:
-        """`read` into the slots `targets` of a tier in memory."""
+    def load(self, slots: Sequence[int], memory: "Tier", targets: Sequence[int]) -> Transfer:
+        """`read` into the slots `targets` of a tier that has addresses."""
         return self.read(slots, [memory.block(slot) for slot in targets])
 
     def advance(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from hf_tiered_cache.tiers.base import Memory, Tier, Transfer, check_blocks
+from hf_tiered_cache.tiers.base import Tier, Transfer, check_blocks
 from hf_tiered_cache.tiers.host import HostTier
 from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.relay import Joint, Relay
@@ -235,7 +235,7 @@ class MemoryLaneTier(LaneTier):
         """See `Tier.slab`."""
         return self.tier.slab
 
-    def load(self, slots: Sequence[int], memory: Memory, targets: Sequence[int]) -> Transfer:
+    def load(self, slots: Sequence[int], memory: Tier, targets: Sequence[int]) -> Transfer:
         """Load blocks into slots of a tier in memory, in one copy where they lie in pinned memory;
         see `Tier.load`."""
         if not slots or not self._lane.carries(memory.slab) or not self._are_pinned(slots):

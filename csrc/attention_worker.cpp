@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "thread_pool.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -16,8 +18,10 @@ namespace hf_tiered_cache {
 namespace {
 
 // A device is about a millisecond from one layer to the next: within that, sleeping would cost
-// more (some 50 us to wake up) than it saves.
+// more (some 50 us to wake up) than it saves. So this thread looks for the next job and for its
+// flag so long, and the threads that it attends with stay awake.
 constexpr auto kSpin = std::chrono::milliseconds(2);
+constexpr int64_t kWorkersAwakeMicroseconds = 1000;
 constexpr auto kNap = std::chrono::microseconds(50);
 
 void pause_briefly() {
@@ -41,6 +45,7 @@ void AttentionWorker::submit(std::shared_ptr<AttentionJob> job) {
     process_ = getpid();
   }
   jobs_.push_back(std::move(job));
+  num_submitted_.fetch_add(1, std::memory_order_release);
   has_job_.notify_one();
 }
 
@@ -64,8 +69,11 @@ void AttentionWorker::close() {
 }
 
 void AttentionWorker::serve() {
-  for (;;) {
+  keep_workers_awake(kWorkersAwakeMicroseconds);
+  for (uint64_t num_served = 0;; ++num_served) {
     std::shared_ptr<AttentionJob> job;
+    // The first is there already. Whoever waits for the next one longer than a layer takes sleeps.
+    if (num_served > 0) look_for_job(num_served);
     {
       std::unique_lock<std::mutex> lock(mutex_);
       has_job_.wait(lock, [this] { return !jobs_.empty() || is_stopping_.load(); });
@@ -79,6 +87,15 @@ void AttentionWorker::serve() {
       job->was_cancelled = true;
     }
     end(*job);
+  }
+}
+
+void AttentionWorker::look_for_job(uint64_t num_served) const {
+  const auto sleep_at = std::chrono::steady_clock::now() + kSpin;
+  while (num_submitted_.load(std::memory_order_acquire) == num_served &&
+         !is_stopping_.load(std::memory_order_relaxed) &&
+         std::chrono::steady_clock::now() < sleep_at) {
+    for (int i = 0; i < 16; ++i) pause_briefly();
   }
 }
 

@@ -53,6 +53,7 @@ class AttentionWorker {
 
  private:
   void serve();
+  void look_for_job(uint64_t num_served) const;
   bool wait_until_raised(const Flag& flag) const;
   static void run(AttentionJob& job);
   void end(AttentionJob& job);
@@ -63,6 +64,7 @@ class AttentionWorker {
   std::condition_variable has_job_;
   std::condition_variable job_ended_;
   std::deque<std::shared_ptr<AttentionJob>> jobs_;
+  std::atomic<uint64_t> num_submitted_{0};
   std::atomic<bool> is_stopping_{false};
 };
 

@@ -20,7 +20,9 @@
 namespace hf_tiered_cache {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap inside one layer
+using Spin = std::chrono::microseconds;
+constexpr Spin kSpin{50};  // longer than the gap inside one layer
+thread_local Spin spin_of_caller = kSpin;
 
 void pause_briefly() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -52,14 +54,18 @@ void pin(pthread_t thread, int cpu) {
 class ThreadPool {
  public:
   void run(int num_threads, int64_t num_items, WorkFunction work, void* context) {
+    // While another call has the workers this one goes on alone, and takes them when it ends.
     std::unique_lock<std::mutex> caller(caller_mutex_, std::try_to_lock);
-    if (!caller.owns_lock()) {
-      for (int64_t item = 0; item < num_items; ++item) work(context, item);
-      return;
+    int64_t first = 0;
+    for (; !caller.owns_lock(); ++first) {
+      if (first == num_items) return;
+      work(context, first);
+      caller.try_lock();
     }
     grow(num_threads - 1);
     keep_workers_off_this_cpu();
-    next_item_.store(0, std::memory_order_relaxed);
+    spin_.store(spin_of_caller, std::memory_order_relaxed);
+    next_item_.store(first, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(job_mutex_);
       work_ = work;
@@ -130,7 +136,8 @@ class ThreadPool {
   }
 
   void wait_for_job(uint64_t seen) {
-    const auto sleep_at = std::chrono::steady_clock::now() + kSpin;
+    const auto sleep_at =
+        std::chrono::steady_clock::now() + spin_.load(std::memory_order_relaxed);
     while (std::chrono::steady_clock::now() < sleep_at) {
       for (int i = 0; i < 16; ++i) {
         if (generation_.load(std::memory_order_acquire) != seen) return;
@@ -195,6 +202,8 @@ class ThreadPool {
   void* context_ = nullptr;
   int64_t num_items_ = 0;
 
+  std::atomic<Spin> spin_{kSpin};  // as the last caller wished
+
   alignas(64) std::atomic<int64_t> next_item_{0};
   alignas(64) std::atomic<int> num_inside_{0};
 };
@@ -238,6 +247,8 @@ void parallel_for(int num_threads, int64_t num_items, WorkFunction work, void* c
   }
   current_pool()->run(num_threads, num_items, work, context);
 }
+
+void keep_workers_awake(int64_t microseconds) { spin_of_caller = Spin(microseconds); }
 
 void* scratch(Scratch kind, size_t num_bytes) {
   thread_local ThreadScratch mine;

@@ -121,8 +121,7 @@ class CpuLane:
         """Start on the views, in their order. The transfer ends when the blocks are no longer
         read. Raises UnsupportedInputError for a call that the CPU's thread cannot do."""
         if self._posted is not None:  # a step that failed has not joined its state
-            self._flags.raise_flag(self._addresses[0], self._number)  # it may not have come to it
-            self._settle()
+            self._begin_anew()
         self._reap()
         layout = views[0].layout
         posted = self._post(query)
@@ -169,6 +168,7 @@ class CpuLane:
             while not transfer.is_ready() and monotonic() < deadline:
                 transfer.look()
         self._worker.close()
+        self._posted = None  # nothing is begun anew after this
 
     def _post(self, query: Tensor) -> Tensor:
         """The query's copy in the mailbox, made in the device's order."""
@@ -191,6 +191,15 @@ class CpuLane:
         floats = self._state[: 4 * num_floats].view(torch.float32)
         acc, maximum, total = floats.split([num_rows * value_dim, num_rows, num_rows])
         return RunningState(acc.view(*rows, value_dim), maximum.view(rows), total.view(rows))
+
+    def _begin_anew(self) -> None:
+        """End what a step that failed has begun. Jobs that were noted have their flags, and the
+        device may be waiting for what they attend. One more may be there, which an interrupt came
+        before: closing the worker ends it, so that it writes to no mailbox of the next."""
+        self._settle()
+        self._worker.close()
+        self._worker = AttentionWorker()
+        self._posted = None
 
     def _settle(self) -> None:
         for transfer in self._under_way:

@@ -223,6 +223,35 @@ def test_only_few_queries_without_masks_are_for_the_cpu(rows, queries, changes, 
     assert CpuLane.can_attend(one, LAYOUT.kv_heads, CALL._replace(**changes)) is can
 
 
+@pytest.mark.parametrize("is_raised", [False, True])
+def test_a_job_that_an_interrupt_left_unnoted_ends_before_the_next(
+    lane, flags, blocks, monkeypatch, is_raised
+):
+    """Its memory belongs to nobody any more, and its flag may never be raised."""
+    parts, lost, submit = views(blocks), [], AttentionWorker.submit
+
+    def interrupted(*arguments):
+        lost.append((submit(*arguments), arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AttentionWorker, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lane.begin(query(), parts, CALL)
+    if is_raised:
+        flags.raise_flag(lane._addresses[0], lane._number)
+    one = query(seed=3)
+    transfer = lane.begin(one, parts, CALL)
+    ((job, _),) = lost
+    assert job.is_done
+    transfer.wait()
+    state = ops.RunningState.begin(one, LAYOUT.value_dim)
+    lane.join(state)
+    expected = ops.RunningState.begin(one, LAYOUT.value_dim)
+    ops.join_states(expected, attended(one, parts))
+    assert_same_bits(state, expected)
+
+
 def test_close_lets_what_the_device_waits_for_end(flags, blocks):
     lane = CpuLane(flags)
     flags.held = []
@@ -248,6 +277,7 @@ def test_close_does_not_wait_for_ever_and_raises_every_flag(flags, blocks, monke
 
 
 def test_a_lane_that_is_dropped_leaves_no_thread(flags, blocks):
+    gc.collect()  # lanes of tests before
     before = count_threads()
     lane = CpuLane(flags)
     lane.begin(query(), views(blocks), CALL).wait()

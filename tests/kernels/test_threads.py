@@ -2,8 +2,11 @@
 
 import contextvars
 import os
+import shutil
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import emulated
 import pytest
@@ -102,3 +105,16 @@ def test_a_forked_child_has_threads_of_its_own(make_case, kernel, two_threads):
         assert torch.equal(case.attend().out, expected)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_of_two_callers_none_is_left_alone(tmp_path):
+    """As the lanes of two GPUs: who comes second gets the threads when the first has ended."""
+    if shutil.which("g++") is None:
+        pytest.skip("a small program is compiled by g++, which is missing")
+    root = Path(__file__).parents[2]
+    program = tmp_path / "two_callers"
+    sources = [root / "tests" / "cpp" / "two_callers.cpp", root / "csrc" / "thread_pool.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-pthread", f"-I{root / 'csrc'}", *map(str, sources)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -142,7 +142,7 @@ CudaStatus attend_queries(void* stream, const AttentionParams& p, const Plan& pl
     Round round = {};
     round.first_unit = unit;
     round.units = Min(plan.units_per_round, plan.units - unit);
-    round.units_per_block = static_cast<uint32_t>(plan.units_per_block);
+    while (int64_t{1} << round.block_shift < plan.units_per_block) ++round.block_shift;
     round.first_query = first_query;
     round.queries = static_cast<uint32_t>(queries);
     round.group = static_cast<uint32_t>(p.heads / p.view.kv_heads);

@@ -15,12 +15,12 @@ namespace {
 constexpr int kUnitTokens = 256;
 
 // What one launch does of a call: units [first_unit, first_unit + units) of queries [first_query,
-// first_query + queries), as partials [units][batch, heads, queries]. Numbers that are divided by
-// have 32 bits: a division of 64 is a hundred instructions.
+// first_query + queries), as partials [units][batch, heads, queries]. A block waits for its first
+// loads as long as it takes to find them: so 32 bits, and no division where one query is decoded.
 struct Round {
   int64_t first_unit;
   int64_t units;
-  uint32_t units_per_block;
+  int block_shift;  // units of a block, as a power of two
   int64_t first_query;
   uint32_t queries;
   uint32_t row_tiles;
@@ -50,6 +50,7 @@ struct Tile {
 
 __device__ __forceinline__ Row RowOf(const Round& round, const Tile& tile, int row) {
   const uint32_t number = tile.first_row + row;
+  if (round.queries == 1) return {tile.kv_head * round.group + number, round.first_query};
   return {tile.kv_head * round.group + number % round.group,
           round.first_query + number / round.group};
 }
@@ -61,12 +62,16 @@ __device__ __forceinline__ Tile ThisTile(const AttentionParams& p, const Round& 
   Tile tile;
   tile.sequence = blockIdx.z;
   tile.kv_head = blockIdx.y;
-  tile.unit = blockIdx.x / round.row_tiles;
-  tile.first_row = blockIdx.x % round.row_tiles * kRows;
+  tile.unit = blockIdx.x;
+  tile.first_row = 0;
+  if (round.row_tiles > 1) {
+    tile.unit = blockIdx.x / round.row_tiles;
+    tile.first_row = blockIdx.x % round.row_tiles * kRows;
+  }
   tile.rows = static_cast<int>(Min(kRows, round.group * round.queries - tile.first_row));
   const uint32_t number = static_cast<uint32_t>(round.first_unit + tile.unit);
-  tile.column = number / round.units_per_block;
-  tile.offset = number % round.units_per_block * kUnitTokens;
+  tile.column = number >> round.block_shift;
+  tile.offset = (number - (tile.column << round.block_shift)) * kUnitTokens;
   tile.position = p.first_token + tile.column * p.view.block_tokens + tile.offset;
   int64_t begin = 0;
   int64_t end =
@@ -91,13 +96,14 @@ __device__ __forceinline__ int64_t PartialIndex(const AttentionParams& p, const 
          row.query - round.first_query;
 }
 
-// The keys and the values of the unit, one row per token.
+// The keys and the values of the unit, one row per token. A block has fewer than 2^32 elements.
 template <DType kType>
 __device__ __forceinline__ const Element<kType>* KeyRows(const AttentionParams& p, const Tile& tile,
                                                          int64_t slot) {
   const BlockView& view = p.view;
   const auto* block = reinterpret_cast<const Element<kType>*>(view.blocks + slot * view.slot_bytes);
-  return block + (tile.kv_head * view.block_tokens + tile.offset) * view.key_dim;
+  const uint32_t row = tile.kv_head * static_cast<uint32_t>(view.block_tokens) + tile.offset;
+  return block + row * static_cast<uint32_t>(view.key_dim);
 }
 
 template <DType kType>
@@ -105,8 +111,11 @@ __device__ __forceinline__ const Element<kType>* ValueRows(const AttentionParams
                                                            const Tile& tile, int64_t slot) {
   const BlockView& view = p.view;
   const auto* block = reinterpret_cast<const Element<kType>*>(view.blocks + slot * view.slot_bytes);
-  return block + view.kv_heads * view.block_tokens * view.key_dim +
-         (tile.kv_head * view.block_tokens + tile.offset) * view.value_dim;
+  const uint32_t block_tokens = static_cast<uint32_t>(view.block_tokens);
+  const uint32_t rows = static_cast<uint32_t>(view.kv_heads) * block_tokens;
+  const uint32_t row = tile.kv_head * block_tokens + tile.offset;
+  return block + (rows * static_cast<uint32_t>(view.key_dim) +
+                  row * static_cast<uint32_t>(view.value_dim));
 }
 
 // Whether the row may attend token `t` of the unit, a token of [tile.begin, tile.end).

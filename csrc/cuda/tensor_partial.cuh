@@ -211,29 +211,39 @@ __device__ __forceinline__ void AddProducts(const TensorMemory<kRows, kChunks>& 
   }
 }
 
-// Which of the lane's tokens its rows may attend, and which of them some row of the tile attends: a
-// bit each, as in LanePart. One after the other: rare, and registers are dear.
+// Which of the lane's tokens are attended: a bit each, as in LanePart, in byte `half` by row
+// g + 8 half, in byte 2 by some row of the tile. One word, as registers are dear.
+using Attended = uint32_t;
+constexpr uint32_t kAllTokens = (1u << kChunkLoads) - 1;
+
+// Where every row may attend `tokens`.
+__device__ __forceinline__ Attended AllAttended(uint32_t tokens) { return tokens * 0x010101u; }
+
+__device__ __forceinline__ uint32_t AttendedBy(Attended attended, int byte) {
+  return attended >> 8 * byte & kAllTokens;
+}
+
+// Where some may not: one token after the other, as it is rare.
 template <int kRows>
-__device__ __forceinline__ void FindAttended(const AttentionParams& p, const Round& round,
-                                             const Tile& tile, const Lane& lane, uint32_t tokens,
-                                             uint32_t (&attended)[kRows / kHalfRows],
-                                             uint32_t& used) {
-  used = 0;
+__device__ __forceinline__ Attended FindAttended(const AttentionParams& p, const Round& round,
+                                                 const Tile& tile, const Lane& lane,
+                                                 uint32_t tokens) {
+  Attended attended = 0;
 #pragma unroll
   for (int half = 0; half < kRows / kHalfRows; ++half) {
     const int number = lane.g + half * kHalfRows;
     const bool is_row = number < tile.rows;
     const Row row = RowOf(round, tile, is_row ? number : 0);
-    attended[half] = 0;
 #pragma unroll 1
     for (int n = 0; n < kChunkLoads; ++n) {
       const bool may = is_row && (tokens >> n & 1) != 0 &&
                        MayAttend(p, tile, row, ScoreToken(lane, n / 2, n % 2));
-      attended[half] |= static_cast<uint32_t>(may) << n;
       const uint32_t lanes = __ballot_sync(kAllLanes, may) & 0x11111111u << lane.t;
-      used |= static_cast<uint32_t>(lanes != 0) << n;
+      attended |= static_cast<uint32_t>(may) << (8 * half + n);
+      attended |= static_cast<uint32_t>(lanes != 0) << (16 + n);
     }
   }
+  return attended;
 }
 
 // Whether some row of the tile may not attend all of its tokens. The first row sees least.
@@ -246,7 +256,7 @@ __device__ __forceinline__ bool IsCut(const AttentionParams& p, const Round& rou
 // Products become scores: scaled, -inf where the row may not attend.
 template <int kRows>
 __device__ __forceinline__ void MakeScores(const AttentionParams& p,
-                                           const uint32_t (&attended)[kRows / kHalfRows],
+                                           Attended attended,
                                            float (&scores)[kTokenTiles][4]) {
   const float inverse_softcap = p.softcap == 0.0f ? 0.0f : 1.0f / p.softcap;
 #pragma unroll
@@ -256,7 +266,7 @@ __device__ __forceinline__ void MakeScores(const AttentionParams& p,
       float& score = scores[n / 2][half * 2 + n % 2];
       score *= p.scale;
       if (p.softcap != 0.0f) score = p.softcap * tanhf(score * inverse_softcap);
-      if ((attended[half] >> n & 1) == 0) score = MinusInfinity();
+      if ((AttendedBy(attended, half) >> n & 1) == 0) score = MinusInfinity();
     }
   }
 }
@@ -317,9 +327,10 @@ __device__ __forceinline__ void MakeWeights(TensorMemory<kRows, kChunks>& memory
 // of a lane's 8 dims at a time, to spare registers.
 template <DType kType, int kRows, int kChunks>
 __device__ __forceinline__ void SumValues(
-    TensorMemory<kRows, kChunks>& memory, const Lane& lane, Chunk& values, uint32_t used,
+    TensorMemory<kRows, kChunks>& memory, const Lane& lane, Chunk& values, Attended attended,
     const uint32_t (&weights)[kRows / kHalfRows][kTokenSteps][4]) {
-  if (used != ~0u) {
+  const uint32_t used = AttendedBy(attended, 2);
+  if (used != kAllTokens) {
     // 0 * NaN is NaN: what nobody attends must not even meet a weight of zero.
 #pragma unroll
     for (int n = 0; n < kChunkLoads; ++n) {
@@ -436,8 +447,8 @@ __device__ __forceinline__ void StoreSame(const Round& round, const Quad& quad, 
   }
 }
 
-// CUDA blocks that shall fit a multiprocessor, which bounds the registers: 2 wherever that costs no
-// spills (nvcc 13.0; tests/cuda/test_registers.py sees to it).
+// CUDA blocks that shall fit a multiprocessor, which bounds the registers: 2 wherever that costs at
+// most a few spills around the loads (nvcc 13.0; tests/cuda/test_registers.py sees to it).
 template <int kRows, int kChunks, bool kIsExact>
 constexpr int kTensorResident = (kRows > kHalfRows) + (kChunks > 2) + !kIsExact < 2 ? 2 : 1;
 
@@ -448,19 +459,18 @@ __global__ void __launch_bounds__(kTensorThreads, kTensorResident<kRows, kChunks
                         const __grid_constant__ Round round) {
   static_assert(kRows * Quad::kPerRow <= kTensorThreads, "a thread has one quad");
   // Where scores and two chunks would not fit the registers, the second of values comes later.
-  constexpr bool kIsLate = kRows > kHalfRows || !kIsExact;
+  constexpr bool kIsLate = kRows > kHalfRows || kChunks > 2 || !kIsExact;
   const Tile tile = ThisTile<kRows>(p, round);
   constexpr int kDims = kChunks * kChunkDims;
   const int key_dim = kIsExact ? kDims : static_cast<int>(p.view.key_dim);
   const int value_dim = kIsExact ? kDims : static_cast<int>(p.view.value_dim);
-  const int64_t slot = tile.begin < tile.end
-                           ? p.view.table[tile.sequence * p.view.table_stride + tile.column]
-                           : -1;
+  const bool is_empty = tile.begin >= tile.end;
+  // Asked for early: everything waits for it.
+  const int slot = p.view.table[tile.sequence * p.view.table_stride + tile.column];
   QueryPart<kRows, kChunks> query;
   query.Load(p, round, tile, key_dim);
   const Quad quad(p, round, tile);
-  if (slot < 0 || slot >= p.view.num_slots) {
-    const bool is_empty = tile.begin >= tile.end;
+  if (is_empty || slot < 0 || slot >= p.view.num_slots) {
     StoreSame<kChunks>(round, quad, value_dim, is_empty ? MinusInfinity() : 0.0f,
                        is_empty ? 0.0f : NotANumber());
     return;
@@ -474,14 +484,10 @@ __global__ void __launch_bounds__(kTensorThreads, kTensorResident<kRows, kChunks
   Keep(keys.tokens);
   Keep(values.tokens);
 
-  uint32_t used = ~0u;
-  uint32_t attended[kRows / kHalfRows];
-#pragma unroll
-  for (uint32_t& each : attended) each = values.tokens;
+  Attended attended = AllAttended(values.tokens);
   if (IsCut(p, round, tile)) {
-    FindAttended<kRows>(p, round, tile, lane, values.tokens, attended, used);
+    attended = FindAttended<kRows>(p, round, tile, lane, values.tokens);
   }
-
   // Chunk i of the keys, then of the values, is in chunks[i % 2].
   Chunk chunks[2];
   const auto load = [&](int i) {
@@ -512,7 +518,7 @@ __global__ void __launch_bounds__(kTensorThreads, kTensorResident<kRows, kChunks
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     if (chunk > 0) __syncthreads();  // the sums before are stored
-    SumValues<kType>(memory, lane, chunks[(kChunks + chunk) % 2], used, weights);
+    SumValues<kType>(memory, lane, chunks[(kChunks + chunk) % 2], attended, weights);
     load(kChunks + chunk + 2);
     __syncthreads();
     StoreChunk(round, memory, quad, value_dim, chunk);

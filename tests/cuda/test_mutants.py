@@ -158,7 +158,7 @@ MUTANTS = {
     ),
     "tensor: tokens that there are not have a score": (
         "tensor_partial.cuh",
-        "if ((attended[half] >> n & 1) == 0) score = MinusInfinity();",
+        "if ((AttendedBy(attended, half) >> n & 1) == 0) score = MinusInfinity();",
         "",
     ),
     "tensor: dims behind the last are read": (

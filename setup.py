@@ -163,7 +163,8 @@ class BuildCores(build_ext):
         if pybind11 is None:
             raise RuntimeError("pybind11 is missing (pip install pybind11)")
         nvcc = Nvcc()
-        ext.extra_objects = [nvcc.compile(unit) for unit in CUDA_UNITS]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = list(pool.map(nvcc.compile, CUDA_UNITS))
         ext.depends = [*ext.depends, *ext.extra_objects]
         ext.include_dirs.append(pybind11.get_include())
         ext.extra_link_args = nvcc.libraries()

@@ -140,11 +140,10 @@ class CpuLane:
         """Fold what was begun last into a state on the device, which waits for it."""
         assert self._posted is not None, "nothing was begun"
         self._flags.wait_for_flag(self._addresses[1], self._number)
-        arrived = RunningState(*map(torch.empty_like, (state.acc, state.max, state.sum)))
-        self._flags.copy(self._posted.acc, arrived.acc)
-        self._flags.copy(self._posted.max, arrived.max)
-        self._flags.copy(self._posted.sum, arrived.sum)
-        ops.join_states(state, arrived)
+        posted = _floats_of_state(self._state, state.acc.shape)
+        arrived = torch.empty(posted.shape, device=state.acc.device)
+        self._flags.copy(posted, arrived)
+        ops.join_states(state, _as_state(arrived, state.acc.shape))
         self._posted = None
 
     def probe(self, blocks: Tensor) -> float:
@@ -182,15 +181,12 @@ class CpuLane:
 
     def _new_state(self, query: Tensor, value_dim: int) -> RunningState:
         """Room for a state in the mailbox; the worker begins it."""
-        rows = query.shape[:3]
-        num_rows = rows.numel()
-        num_floats = num_rows * (value_dim + 2)
-        if self._state.numel() < 4 * num_floats:
+        shape = torch.Size((*query.shape[:3], value_dim))
+        num_bytes = 4 * _num_floats(shape)
+        if self._state.numel() < num_bytes:
             self._settle()
-            self._state = self._flags.mailbox(4 * num_floats)
-        floats = self._state[: 4 * num_floats].view(torch.float32)
-        acc, maximum, total = floats.split([num_rows * value_dim, num_rows, num_rows])
-        return RunningState(acc.view(*rows, value_dim), maximum.view(rows), total.view(rows))
+            self._state = self._flags.mailbox(num_bytes)
+        return _as_state(_floats_of_state(self._state, shape), shape)
 
     def _begin_anew(self) -> None:
         """End what a step that failed has begun. Jobs that were noted have their flags, and the
@@ -208,3 +204,20 @@ class CpuLane:
     def _reap(self) -> None:
         while self._under_way and self._under_way[0].is_ready():
             self._counters.add_busy(self._under_way.popleft().seconds)
+
+
+def _num_floats(shape: torch.Size) -> int:
+    """Of a state whose `acc` has this shape."""
+    return shape[:3].numel() * (shape[3] + 2)
+
+
+def _floats_of_state(memory: Tensor, shape: torch.Size) -> Tensor:
+    """The first bytes of a mailbox as the floats of a state."""
+    return memory[: 4 * _num_floats(shape)].view(torch.float32)
+
+
+def _as_state(floats: Tensor, shape: torch.Size) -> RunningState:
+    """A state whose three tensors lie one behind the other, so that one copy carries it."""
+    num_rows = shape[:3].numel()
+    acc, maximum, total = floats.split([num_rows * shape[3], num_rows, num_rows])
+    return RunningState(acc.view(shape), maximum.view(shape[:3]), total.view(shape[:3]))

@@ -164,6 +164,18 @@ PYBIND11_MODULE(_cuda, m) {
         "stream is done with them.");
 
   m.def(
+      "post",
+      [](int device, int64_t stream, int64_t target, int64_t source, int64_t num_bytes) {
+        run("post", [&] {
+          return hf_tiered_cache::htc_cuda_post(place_of(device, stream), pointer<void>(target),
+                                                pointer<const void>(source), num_bytes);
+        });
+      },
+      py::arg("device"), py::arg("stream"), py::arg("target"), py::arg("source"),
+      py::arg("num_bytes"),
+      "Copy a little between the device and pinned host memory by a kernel, which queues behind no "
+      "other copy.");
+  m.def(
       "write_flag",
       [](int device, int64_t stream, int64_t host_word, uint32_t value) {
         run("write_flag", [&] {

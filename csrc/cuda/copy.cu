@@ -6,6 +6,10 @@
 //   28 KiB to 16 MiB   one cudaMemcpyBatchAsync for all of them
 //   below 28 KiB       a kernel: the copy engine falls to 5-7 GB/s there (H100)
 //
+// Memory that is not pinned is copied run by run. What CUDA refuses as invalid is tried once more
+// piece by piece: a copy may not cross from one range that was registered into the next, and which
+// neighbours lie in different ones is not known here.
+//
 // Runs from the host may be read in any order: full blocks never change. Runs from the device are
 // read in the order of the stream, or they would race with what still writes them.
 #include <algorithm>
@@ -19,6 +23,7 @@ namespace {
 
 constexpr int64_t kLargeBytes = 16 << 20;
 constexpr int64_t kSmallBytes = 28 << 10;
+constexpr int64_t kPostBytes = 4 << 10;
 constexpr int kGatherThreads = 256;
 constexpr int kGatherRuns = 128;  // as kernel arguments: 3 KiB of 4
 
@@ -53,13 +58,17 @@ __global__ void __launch_bounds__(kGatherThreads)
   }
 }
 
-std::vector<Run> make_runs(const CopyParams& p) {
+std::vector<Run> pieces_of(const CopyParams& p) {
   std::vector<Run> pieces;
   for (int64_t i = 0; i < p.count; ++i) {
     if (p.num_bytes[i] == 0) continue;
     pieces.push_back({static_cast<uint8_t*>(p.targets[i]),
                       static_cast<const uint8_t*>(p.sources[i]), p.num_bytes[i]});
   }
+  return pieces;
+}
+
+std::vector<Run> merged(std::vector<Run> pieces) {
   // Targets do not overlap, so their order is free: neighbours come together.
   std::sort(pieces.begin(), pieces.end(),
             [](const Run& a, const Run& b) { return a.target < b.target; });
@@ -150,27 +159,50 @@ cudaError_t copy_by_kernel(void* stream, const std::vector<Run>& runs) {
   return cudaSuccess;
 }
 
-}  // namespace
-
-CudaStatus htc_cuda_copy(CudaPlace place, const CopyParams* params) {
-  const DeviceGuard guard(place.device);
-  if (guard.error() != cudaSuccess) return status_of(guard.error());
-  const CopyParams& p = *params;
-  const bool has_kernel = p.is_pinned || p.direction == CopyDirection::kDeviceToDevice;
+// Each run the way its size asks for.
+cudaError_t copy_runs(void* stream, const CopyParams& p, const std::vector<Run>& runs) {
+  if (!p.is_pinned && p.direction != CopyDirection::kDeviceToDevice) {
+    return copy_each(stream, p.direction, runs);
+  }
   std::vector<Run> large, middle, small;
-  for (const Run& run : make_runs(p)) {
+  for (const Run& run : runs) {
     if (run.num_bytes >= kLargeBytes) {
       large.push_back(run);
-    } else if (run.num_bytes >= kSmallBytes || !has_kernel) {
+    } else if (run.num_bytes >= kSmallBytes) {
       middle.push_back(run);
     } else {
       small.push_back(run);
     }
   }
-  cudaError_t error = copy_each(place.stream, p.direction, large);
-  if (error == cudaSuccess) error = copy_batch(place.stream, p.direction, middle);
-  if (error == cudaSuccess) error = copy_by_kernel(place.stream, small);
+  cudaError_t error = copy_each(stream, p.direction, large);
+  if (error == cudaSuccess) error = copy_batch(stream, p.direction, middle);
+  if (error == cudaSuccess) error = copy_by_kernel(stream, small);
+  return error;
+}
+
+}  // namespace
+
+CudaStatus htc_cuda_copy(CudaPlace place, const CopyParams* params) {
+  const DeviceGuard guard(place.device);
+  if (guard.error() != cudaSuccess) return status_of(guard.error());
+  const std::vector<Run> pieces = pieces_of(*params);
+  cudaError_t error = copy_runs(place.stream, *params, merged(pieces));
+  if (error == cudaErrorInvalidValue) {
+    cudaGetLastError();  // it would be reported by the next call of anyone in the process
+    error = copy_each(place.stream, params->direction, pieces);
+  }
   return status_of(error);
+}
+
+CudaStatus htc_cuda_post(CudaPlace place, void* target, const void* source, int64_t num_bytes) {
+  const DeviceGuard guard(place.device);
+  if (guard.error() != cudaSuccess) return status_of(guard.error());
+  std::vector<Run> runs;
+  for (int64_t done = 0; done < num_bytes; done += kPostBytes) {
+    runs.push_back({static_cast<uint8_t*>(target) + done,
+                    static_cast<const uint8_t*>(source) + done, Min(kPostBytes, num_bytes - done)});
+  }
+  return status_of(copy_by_kernel(place.stream, runs));
 }
 
 }  // namespace hf_tiered_cache

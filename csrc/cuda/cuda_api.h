@@ -69,6 +69,10 @@ CudaStatus htc_cuda_append(CudaPlace place, const AppendParams* params);
 
 CudaStatus htc_cuda_copy(CudaPlace place, const CopyParams* params);
 
+// Between the device and pinned host memory, by a kernel: some KiB that must not queue behind the
+// copies that the copy engines are at.
+CudaStatus htc_cuda_post(CudaPlace place, void* target, const void* source, int64_t num_bytes);
+
 // A 32-bit word of mapped host memory as a flag between the stream and host threads. The stream
 // sets it once everything before is done and visible; the stream waits until it is `value` or more
 // (in the cyclic order of int32).

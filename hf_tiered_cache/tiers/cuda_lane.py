@@ -266,8 +266,17 @@ class CudaFlags:
             return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=num_bytes > 0)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy between a mailbox and the device, behind all that the current stream was given."""
-        target.copy_(source, non_blocking=True)
+        """Copy between a mailbox and the device, behind all that the current stream was given, and
+        not behind the loads that the copy engine is at, as a copy of torch's would."""
+        stream = torch.cuda.current_stream(self._device)
+        source = source.contiguous()
+        self._core.post(
+            self._device.index,
+            stream.cuda_stream,
+            target.data_ptr(),
+            source.data_ptr(),
+            source.numel() * source.element_size(),
+        )
 
     def raise_flag(self, address: int, value: int) -> None:
         """Let the device write `value` behind all that the current stream was given."""

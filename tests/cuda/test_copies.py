@@ -93,7 +93,7 @@ def test_small_pieces_go_by_a_kernel(core, memory, num_bytes):
 
 def test_small_pieces_of_pageable_memory_do_not_go_by_a_kernel(core, memory):
     blocks = [(slot * 29 * KIB, slot * 58 * KIB, 4096) for slot in range(100)]
-    assert copy(core, *memory, blocks, is_pinned=False) == (0, 1, 100)
+    assert copy(core, *memory, blocks, is_pinned=False) == (100, 0, 0)
 
 
 def test_pieces_of_all_sizes_in_one_call(core, memory):
@@ -115,3 +115,28 @@ def test_nothing_to_copy(core, memory):
 def test_lists_of_different_lengths_are_refused(core):
     with pytest.raises(ValueError, match="differ in length"):
         core.module.copy(0, 1, [0], [0, 0], [1], core.module.CopyDirection.HOST_TO_DEVICE, True)
+
+
+def test_what_is_refused_as_invalid_is_copied_piece_by_piece(core, memory):
+    """As copies are that cross from one registered range into the next."""
+    blocks = [((7 - slot // 2 * 2 + slot % 2) << 18, slot << 18, 1 << 18) for slot in range(4)]
+    core.refuse_batches(1)
+    try:
+        assert copy(core, *memory, blocks) == (4, 0, 0)
+    finally:
+        core.refuse_batches(0)
+
+
+def test_memory_that_is_not_pinned_goes_run_by_run(core, memory):
+    blocks = [((3 - slot) << 18, slot << 18, 1 << 18) for slot in range(4)]
+    assert copy(core, *memory, blocks, is_pinned=False) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("num_bytes", [4, 4096, 16896, 3 * 4096 + 20])
+def test_a_little_is_posted_by_a_kernel(core, memory, num_bytes):
+    target, source = memory
+    core.take_copies()
+    core.module.post(0, 1, target.data_ptr(), source.data_ptr(), num_bytes)
+    assert torch.equal(target[:num_bytes], source[:num_bytes])
+    assert not target[num_bytes:].any()
+    assert core.take_copies() == (0, 0, 0)

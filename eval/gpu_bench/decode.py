@@ -170,14 +170,14 @@ def offloading(bench: Bench, dynamic: DynamicCache, what: str) -> Iterator[Row]:
 
 
 def profile(bench: Bench) -> Iterator[Row]:
-    """Two tokens under torch's profiler, both ways off the device; the tables go to a file."""
+    """Two tokens under torch's profiler, on the device and both ways off it; tables go to a file."""
     bench.model  # noqa: B018 - its memory counts
     context = bench.context_that_fits(bench.sizes.short, [0.0, 0.9])
     dynamic = bench.dynamic(context)
     bench.log("profile.txt").write_text("")
-    for knobs, name in ((COPY_LANE, "copy lane"), ({}, "both lanes")):
-        what = f"profile of {PROFILED_TOKENS} tokens, 90% off, {name}"
-        with bench.tiered(context + SETTLE_TOKENS + 1, 0.9, **knobs) as cache:
+    for side in (SHORT[0], Side(0.9, None, "", is_copy_lane=True), Side(0.9, None, "")):
+        what = f"profile of {PROFILED_TOKENS} tokens: {side_name(context, side)}"
+        with bench.tiered(context + SETTLE_TOKENS + 1, side.share, **side.knobs) as cache:
             bench.fill_like(cache, dynamic)
             yield from attempted(bench, what, profiled(bench, cache, what))
 

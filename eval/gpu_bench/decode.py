@@ -170,7 +170,7 @@ def offloading(bench: Bench, dynamic: DynamicCache, what: str) -> Iterator[Row]:
 
 
 def profile(bench: Bench) -> Iterator[Row]:
-    """Two tokens under torch's profiler, on the device and both ways off it; tables go to a file."""
+    """Two tokens under the profiler, on the device and both ways off it; tables go to a file."""
     bench.model  # noqa: B018 - its memory counts
     context = bench.context_that_fits(bench.sizes.short, [0.0, 0.9])
     dynamic = bench.dynamic(context)

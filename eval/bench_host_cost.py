@@ -1,0 +1,353 @@
+"""What a token costs the host where a GPU decodes: each call of CUDA is a stub that does nothing.
+
+    python eval/bench_host_cost.py
+    python eval/bench_host_cost.py --profile
+
+32 layers update and attend, as a decode step does, behind contexts of 32K and 128K tokens whose
+blocks (256 tokens each, made small, for no byte matters here) lie partly in host memory. Loads are
+never ready when they are asked for, which costs the host most. Printed: thread CPU time for a token
+and, for each layer, the calls of Python and of CUDA. The calls are the same on every machine; tests
+hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same tokens.
+"""
+
+import argparse
+import cProfile
+import pstats
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from time import thread_time
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_tiered_cache import TieredCache, cpu_lane, tiered_attention_forward
+from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.devices import CpuDevice, Device
+from hf_tiered_cache.kernels import loader, ops
+from hf_tiered_cache.kernels.cores import CudaCore
+from hf_tiered_cache.layout import BlockLayout
+from hf_tiered_cache.tiers import DeviceTier
+from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
+
+import benchmarking
+
+LAYERS = 32
+HEADS, KV_HEADS, HEAD_DIM = 4, 1, 8
+BLOCK_TOKENS, BLOCK_BYTES = 64, 4096
+RING_BLOCKS = 256
+# Reads ahead are cut by bytes, and a block of an 8B model has a MiB.
+READ_BYTES = (4 * BLOCK_BYTES, 32 * BLOCK_BYTES)
+GROUP_COLUMNS = 8
+STUB = torch.device("cpu", 0)  # has an index, as a GPU has
+
+
+@dataclass(frozen=True)
+class Case:
+    """Blocks of a layer, the share of them off the device and the CPU lane's part of those; `bar`:
+    thread CPU milliseconds for a token."""
+
+    name: str
+    columns: int
+    share: float
+    cpu_share: float
+    bar: float
+
+
+CASES = (
+    Case("resident", 128, 0.0, 0.0, 1.5),  # times DynamicCache's
+    Case("32K, 90% off, copy lane", 128, 0.9, 0.0, 10.0),
+    Case("32K, 90% off, both lanes", 128, 0.9, 0.66, 10.0),
+    Case("128K, 50% off, copy lane", 512, 0.5, 0.0, 14.0),
+    Case("128K, 50% off, both lanes", 512, 0.5, 0.66, 14.0),
+)
+
+
+class StubEvent:
+    """A moment that has passed; of a load, one that never has when it is asked for."""
+
+    calls: Counter[str]
+    is_late = False
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.calls["event made"] += 1
+        self._is_load = False
+
+    def record(self, stream: "StubStream") -> None:
+        self.calls["event record"] += 1
+        self._is_load = stream.is_load
+
+    def query(self) -> bool:
+        self.calls["event query"] += 1
+        return not (self.is_late and self._is_load)
+
+    def synchronize(self) -> None:
+        self.calls["event synchronize"] += 1
+
+    def elapsed_time(self, end: "StubEvent") -> float:
+        return 0.001
+
+
+class StubStream:
+    """A stream that does nothing."""
+
+    is_load = False
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.cuda_stream, self.device_index = 7, 0
+
+    def record_event(self) -> StubEvent:
+        event = StubEvent()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: StubEvent) -> None:
+        StubEvent.calls["stream wait"] += 1
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        StubEvent.calls["stream synchronize"] += 1
+
+
+class StubCore:
+    """The compiled CUDA core: every function counts and returns a number."""
+
+    CopyDirection = SimpleNamespace(HOST_TO_DEVICE=0, DEVICE_TO_HOST=1)
+
+    def __init__(self, calls: Counter[str]) -> None:
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def stub(*arguments: object, **keywords: object) -> int:
+            self._calls[f"core.{name}"] += 1
+            return 1 << 16
+
+        setattr(self, name, stub)
+        return stub
+
+
+class StubWorker:
+    """The CPU lane's thread, which is always done."""
+
+    def submit(self, *arguments: object, **keywords: object) -> SimpleNamespace:
+        return SimpleNamespace(is_done=True, was_cancelled=False, error="", seconds=0.0)
+
+    def wait(self, *arguments: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class StubFlags(CudaFlags):
+    def mailbox(self, num_bytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+class StubPinning:
+    def register(self, address: int, num_bytes: int) -> bool:
+        return True
+
+    def unregister(self, address: int) -> None:
+        pass
+
+
+@dataclass
+class StubGpu:
+    """What stands for the GPU while `plugged_in`."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def plugged_in(self) -> Iterator[None]:
+        """Let caches on the CPU take it for a CUDA device."""
+        core, slabs = StubCore(self.calls), []
+        make_tier = DeviceTier.__init__
+
+        def noted(tier: DeviceTier, *arguments: Any, **knobs: Any) -> None:
+            make_tier(tier, *arguments, **knobs)
+            slabs.append(tier.slab)
+
+        class Lane(CudaLane):
+            def carries(self, block: torch.Tensor) -> bool:
+                address = block.data_ptr()
+                return any(0 <= address - slab.data_ptr() < slab.numel() for slab in slabs)
+
+            def probe(self, *arguments: object) -> float:
+                return 1e9
+
+            def settle_device(self) -> None:
+                pass
+
+            def occupy(self, *arguments: object) -> None:
+                pass
+
+        class StubDevice(CpuDevice):
+            pinning = StubPinning()
+
+            def __init__(self, torch_device: torch.device) -> None:
+                super().__init__(torch_device)
+                self.copy_lane = Lane(STUB, core)  # type: ignore[arg-type]
+                self.copy_lane._loads.is_load = True  # type: ignore[attr-defined]
+                self.cpu_lane = CpuLane(StubFlags(STUB, core))  # type: ignore[arg-type]
+
+            def group_columns(self, layout: BlockLayout) -> int:
+                return GROUP_COLUMNS
+
+        StubEvent.calls = self.calls
+        stream = StubStream()
+        kernel = loader.Kernel("stub", CudaCore(core, lambda _: (0, 7)))  # type: ignore[arg-type]
+        with ExitStack() as stack:
+            for target, name, stub in (
+                (torch.cuda, "Stream", StubStream),
+                (torch.cuda, "Event", StubEvent),
+                (torch.cuda, "current_stream", lambda _=None: stream),
+                (cpu_lane, "AttentionWorker", StubWorker),
+                (DeviceTier, "__init__", noted),
+            ):
+                stack.enter_context(patch.object(target, name, stub))
+            stack.enter_context(patch.dict(Device.registry, {"cpu": StubDevice}))
+            stack.enter_context(patch("hf_tiered_cache.stream.LANE_READ_BYTES", READ_BYTES))
+            stack.enter_context(ops.use_kernel(kernel))
+            yield
+
+
+class Attention(torch.nn.Module):
+    """What an attention function wants to know of its layer."""
+
+    is_causal = True
+    num_key_value_groups = HEADS // KV_HEADS
+
+
+MODULE = Attention().eval()
+QUERY = torch.randn(1, HEADS, 1, HEAD_DIM)
+KEYS, VALUES = torch.randn(2, 1, KV_HEADS, 1, HEAD_DIM).unbind(0)
+
+
+def filled(case: Case) -> TieredCache:
+    """A cache as a prefill leaves it."""
+    columns = case.columns
+    resident = columns if case.share == 0 else max(1, round((1 - case.share) * columns))
+    cache = TieredCache(
+        device_bytes=(resident * LAYERS + RING_BLOCKS) * BLOCK_BYTES,
+        staging_bytes=RING_BLOCKS * BLOCK_BYTES,
+        host_bytes=(columns + 2) * LAYERS * BLOCK_BYTES if case.share else 0,
+        disk_bytes=0,
+        block_tokens=BLOCK_TOKENS,
+        cpu_share=case.cpu_share,
+    )
+    chunk = 16 * BLOCK_TOKENS
+    left = columns * BLOCK_TOKENS - BLOCK_TOKENS + 4  # room for what is decoded
+    while left:
+        count = min(left, chunk)
+        states = torch.zeros(2, 1, KV_HEADS, count, HEAD_DIM).unbind(0)
+        for layer in range(LAYERS):
+            cache.update(*states, layer)
+        left -= count
+    return cache
+
+
+def token(cache: TieredCache) -> float:
+    """Thread CPU seconds of one token."""
+    start = thread_time()
+    for layer in range(LAYERS):
+        handles = cache.update(KEYS, VALUES, layer)
+        tiered_attention_forward(MODULE, QUERY, *handles, None, scaling=0.1)
+    return thread_time() - start
+
+
+def dynamic_token(cache: DynamicCache) -> float:
+    """The same of transformers' own."""
+    start = thread_time()
+    for layer in range(LAYERS):
+        states = cache.update(KEYS, VALUES, layer)
+        sdpa_attention_forward(MODULE, QUERY, *states, None, scaling=0.1)
+    return thread_time() - start
+
+
+@torch.no_grad()
+def calls_per_layer(case: Case) -> dict[str, float]:
+    """Of Python's functions and of CUDA, for a layer and token; the same on every machine."""
+    gpu = StubGpu()
+    with gpu.plugged_in(), filled(case) as cache:
+        for _ in range(3):
+            token(cache)
+        with patch.object(StubEvent, "is_late", True):
+            token(cache)
+            gpu.calls.clear()
+            token(cache)
+            counted = dict(gpu.calls)
+            counted["Python calls"] = python_calls(lambda: token(cache))
+    return {name: count / LAYERS for name, count in sorted(counted.items())}
+
+
+def python_calls(work: Callable[[], object]) -> int:
+    """Functions of Python that are called."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@torch.no_grad()
+def milliseconds(case: Case, rounds: int, profile: bool) -> tuple[float, float]:
+    """Thread CPU time of a token, and that of `DynamicCache` in turn with it."""
+    ours, theirs = [], []
+    dynamic = DynamicCache()
+    with StubGpu().plugged_in(), filled(case) as cache:
+        for _ in range(3):
+            token(cache)
+            dynamic_token(dynamic)
+        with patch.object(StubEvent, "is_late", True):
+            for _ in range(rounds):
+                ours.append(token(cache))
+                theirs.append(dynamic_token(dynamic))
+            if profile:
+                recorded = cProfile.Profile()
+                recorded.runcall(token, cache)
+                pstats.Stats(recorded).sort_stats("tottime").print_stats(25)
+    return median(ours) * 1e3, median(theirs) * 1e3
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    print(f"{benchmarking.environment()['processor']}, {LAYERS} layers, milliseconds for a token")
+    for case in CASES:
+        ours, theirs = milliseconds(case, arguments.rounds, arguments.profile)
+        bar = case.bar * theirs if case.share == 0 else case.bar
+        verdict = "reached" if ours <= bar else "MISSED"
+        print(f"{case.name:<28}{ours:6.1f}  bar {bar:4.1f}  {verdict:<8} DynamicCache {theirs:.1f}")
+        counted = calls_per_layer(case)
+        shown = ", ".join(f"{name} {count:.1f}" for name, count in counted.items())
+        print(f"    for each layer: {shown}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--profile", action="store_true", help="show where a token's time goes")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same toke
 
 import argparse
 import cProfile
+import gc
 import pstats
 import sys
 from collections import Counter
@@ -300,11 +301,14 @@ def python_calls(work: Callable[[], object]) -> int:
         calls += event == "call"
 
     before = sys.getprofile()
+    gc.collect()
+    gc.disable()  # what it finalizes is nobody's cost here
     sys.setprofile(count)
     try:
         work()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return calls
 
 

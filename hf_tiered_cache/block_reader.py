@@ -33,7 +33,7 @@ from hf_tiered_cache.tracing import LOAD_WAIT
 
 # Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
 # to more than noise.
-JOINS_PER_CORRECTION = 256
+READINGS_PER_CORRECTION = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class BlockReader:
         self._stream = stream
         self._counters = counters
         self._cpu_lane = cpu_lane
-        self._num_joined = 0
+        self._num_readings = 0
         self._lane_waits = [0.0, 0.0]  # of the copy lane and the CPU lane, at the last correction
 
     def read(
@@ -155,20 +155,21 @@ class BlockReader:
                 self._tiers[part.rung].keep(part.slot_list, attended)
 
     def can_attend_beside(self, query: torch.Tensor, call: ops.AttentionCall) -> bool:
-        """Whether a part of the host's blocks is for the CPU lane to attend."""
+        """Whether a part of the host's blocks is for the CPU lane to attend. Now and then the
+        lanes' parts are set anew, as the device had to wait for them."""
         lane = self._cpu_lane
-        if lane is None or self.split.cpu_share == 0:
+        if lane is None or not lane.can_attend(query, self.layout.kv_heads, call):
             return False
-        return lane.can_attend(query, self.layout.kv_heads, call)
+        if not self.split.is_fixed:
+            self._num_readings += 1
+            if self._num_readings % READINGS_PER_CORRECTION == 0:
+                self._correct_split()
+        return self.split.cpu_share > 0
 
     def join_beside(self, state: ops.RunningState) -> None:
-        """Fold what the CPU lane attended into the state of the rest. Now and then the lanes' parts
-        are set anew, as the device had to wait for them."""
+        """Fold what the CPU lane attended into the state of the rest."""
         assert self._cpu_lane is not None
         self._cpu_lane.join(state)
-        self._num_joined += 1
-        if self._num_joined % JOINS_PER_CORRECTION == 0 and not self.split.is_fixed:
-            self._correct_split()
 
     def _correct_split(self) -> None:
         copy_lane = self._device.lane
@@ -213,10 +214,9 @@ class BlockReader:
             self._begin(pin, table, cold)  # what failed while it was loaded ahead is tried again
             self._wait(pin, cold)
         slots = self._stream.slots(cold)
-        if table.batch > 1 or len(cold) < part.last - part.first:
-            places = dict(zip(cold, slots, strict=True))
-            rows = [row[part.first : part.last] for row in table.rows]
-            slots = [b.device_slot if b.is_resident else places[b] for row in rows for b in row]
+        if table.batch > 1 or part.resident:
+            places = {**part.resident, **dict(zip(cold, slots, strict=True))}
+            slots = [places[block] for row in part.rows for block in row]
         # An array first: torch takes a list apart three times as slowly.
         return torch.frombuffer(array("i", slots), dtype=torch.int32).view(table.batch, -1)
 

@@ -51,6 +51,8 @@ class Staging:
     last: int
     cold: list[KVBlock]  # those to be staged, each once
     num_done: int  # of the plan's cold blocks, with these
+    rows: list[list[KVBlock]]  # of these columns
+    resident: dict[KVBlock, int]  # slots of those that are on the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +115,12 @@ def _cut(
         first, last = part
         for begin in range(first, last, columns):
             end = min(begin + columns, last)
-            blocks = [block for block in table.blocks(begin, end) if not block.is_resident]
-            cold += blocks
-            ready.append(Staging(begin, end, blocks, len(cold)))
+            rows = [row[begin:end] for row in table.rows]
+            blocks = list(table.blocks(begin, end))
+            staged = [block for block in blocks if not block.is_resident]
+            cold += staged
+            resident = {block: block.device_slot for block in blocks if block.is_resident}
+            ready.append(Staging(begin, end, staged, len(cold), rows, resident))
     return ReadingPlan(key, ready, cold)
 
 

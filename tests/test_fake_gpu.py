@@ -53,7 +53,7 @@ def test_tokens_are_those_of_a_dynamic_cache(make_cache, sizes, cpu_share, has_c
             cpu = stats.lanes[1]
             if cpu_share == 0:
                 assert cpu.moved_bytes == 0
-            elif sizes == "host":
+            elif sizes == "host" and cpu_share != "auto":
                 assert cpu.moved_bytes > 0
             assert (copy.probed_rate > 0) == (cpu_share == "auto")
         else:

@@ -3,14 +3,16 @@
 import pytest
 
 from hf_tiered_cache import lane_split
-from hf_tiered_cache.lane_split import KEPT, STEP, LaneSplit
+from hf_tiered_cache.lane_split import KEPT, SMALLEST, STEP, LaneSplit
 
 
 @pytest.fixture
 def split(monkeypatch) -> LaneSplit:
     """A third for the CPU, begun at 100 s."""
     monkeypatch.setattr(lane_split, "perf_counter", lambda: 100.0)
-    return LaneSplit.measured(2e9, 1e9)
+    split = LaneSplit.measured(2e9, 1e9)
+    split.cpu_share = 1 / 3
+    return split
 
 
 def test_a_lane_that_does_not_work_gets_nothing():
@@ -41,12 +43,26 @@ def test_a_correction_is_as_large_as_the_part_of_the_time_that_was_waited(
     assert split.cpu_share == pytest.approx(before + step)
 
 
-@pytest.mark.parametrize("waits", [(0.0, 0.5), (0.5, 0.0)])
-def test_no_lane_wins_everything_where_the_other_is_always_waited_for(split, waits):
+def test_the_cpu_gets_nothing_until_copies_are_waited_for_and_never_all(split):
+    """Where the host is what everything waits for, a second lane costs it more."""
+    fresh = LaneSplit.measured(2e9, 1e9)
+    assert (fresh.cpu_share, fresh.is_fixed) == (0, False)
     for second in range(100):
-        split.correct(*waits, now=101.0 + second)
-    copy_share = 1 - split.cpu_share
-    assert min(split.cpu_share / (1 / 3), copy_share / (2 / 3)) == pytest.approx(KEPT)
+        fresh.correct(0.01, 0.0, now=1e9 + second)
+    assert fresh.cpu_share == 0
+    for second in range(100):
+        split.correct(0.5, 0.0, now=101.0 + second)
+    assert 1 - split.cpu_share == pytest.approx(KEPT * 2 / 3)
+
+
+def test_a_part_that_is_not_worth_a_hand_over_is_none(split):
+    for second in range(100):
+        split.correct(0.0, 0.05, now=101.0 + second)
+    assert split.cpu_share == 0
+    split.correct(SMALLEST - 0.01, 0.0, now=201.0)
+    assert split.cpu_share == 0
+    split.correct(SMALLEST, 0.0, now=202.0)
+    assert split.cpu_share == pytest.approx(SMALLEST)
 
 
 def test_a_share_that_was_asked_for_stays():

@@ -158,12 +158,13 @@ class BlockReader:
         """Whether a part of the host's blocks is for the CPU lane to attend. Now and then the
         lanes' parts are set anew, as the device had to wait for them."""
         lane = self._cpu_lane
-        if lane is None or not lane.can_attend(query, self.layout.kv_heads, call):
+        if lane is None or (self.split.is_fixed and self.split.cpu_share == 0):
             return False
-        if not self.split.is_fixed:
-            self._num_readings += 1
-            if self._num_readings % READINGS_PER_CORRECTION == 0:
-                self._correct_split()
+        if not lane.can_attend(query, self.layout.kv_heads, call):
+            return False
+        self._num_readings += 1
+        if self._num_readings % READINGS_PER_CORRECTION == 0:
+            self._correct_split()
         return self.split.cpu_share > 0
 
     def join_beside(self, state: ops.RunningState) -> None:

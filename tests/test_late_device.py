@@ -157,6 +157,19 @@ def test_the_shares_follow_the_waits(make_cache, monkeypatch, waited_for):
         cache.close()
 
 
+def test_what_became_the_cpus_as_the_host_filled_keeps_no_staging_slots(make_cache, monkeypatch):
+    """With a share that is fixed as well: the border moves with every block that comes down."""
+    monkeypatch.setattr(block_reader, "READINGS_PER_CORRECTION", 1)
+    with Late(has_cpu_lane=True):
+        _, _, cache = generate(make_cache, tiny_model("Llama"), **SIZES["host"], cpu_share=0.5)
+        (manager,) = cache._owned.pool.managers
+        staged = set(manager._stream._staged)
+        for table in manager.blocks.tables:
+            for part in manager._reader.plan(table, table.num_blocks, beside=True).below:
+                assert not staged & set(table.blocks(part.first, part.last))
+        cache.close()
+
+
 def test_the_cpu_is_probed_beside_a_copy_on_more_than_a_cache_holds(make_cache, monkeypatch):
     probed = []
 

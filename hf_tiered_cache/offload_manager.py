@@ -211,13 +211,22 @@ class OffloadManager:
         """Make the filling blocks writable: resident, unshared and without copies below."""
         for row in range(table.batch):
             block = table.rows[row][-1]
+            if block.ref_count > 1 or not block.is_resident:
+                self._make_room_for_copy(block)  # others may go on meanwhile, and let the block go
             if block.ref_count > 1:
                 self._copy_last_block(table, row)
             else:
                 self._promote(block)
 
-    def _copy_last_block(self, table: BlockTable, row: int) -> None:
+    def _make_room_for_copy(self, block: KVBlock) -> None:
+        """See to it that there is a slot for a block's copy, and one in staging if it is cold."""
         self.stores.make_room(1)
+        while not (block.is_resident or self._stream.has_room([block], self._pins.staged())):
+            if not self._pins.wait_within(self.blocks.changing):
+                raise self._capacity.out_of_blocks(1)
+            self.stores.make_room(1)
+
+    def _copy_last_block(self, table: BlockTable, row: int) -> None:
         slot = self._allocate()
         try:
             self._read_block(table.rows[row][-1], slot)
@@ -229,7 +238,6 @@ class OffloadManager:
     def _promote(self, block: KVBlock) -> None:
         """Keep a block that fills (again) on the device, alone: drop the copies below it."""
         if not block.is_resident:
-            self.stores.make_room(1)
             slot = self._allocate()
             try:
                 self._read_block(block, slot)
@@ -247,9 +255,6 @@ class OffloadManager:
         if own is not None:
             self.device_tier.copy_block(own, slot)
             return
-        while not self._stream.has_room([block], self._pins.staged()):
-            if not self._pins.wait_within(self.blocks.changing):
-                raise self._capacity.out_of_blocks(1)
         (staged,) = self._stream.load([block], self._pins.staged())
         self.device_tier.copy_block(staged, slot)
         if block not in self._pins.staged():

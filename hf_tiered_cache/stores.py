@@ -53,19 +53,27 @@ class Stores:
         OutOfBlocksError when everything left there must stay, TierIOError when a store failed (the
         block stays where it is).
         """
+        while not self._make_room(num_blocks, rung):
+            # What is read just now may be free to go when its reader is done.
+            if not self._pins.wait_within(self._blocks.changing):
+                raise self._capacity.out_of_blocks(num_blocks)
+
+    def _make_room(self, num_blocks: int, rung: int) -> bool:
+        """The same without waiting for readers: False where everything left there must stay."""
         while self._capacity.num_free(rung) < num_blocks:
             block = None
             if rung < self._capacity.last_rung:
                 block = self._next_to_demote(rung, self._capacity.num_below(rung) > 0)
             if block is None:
-                if self._pins.wait_within(self._blocks.changing):
-                    continue  # what was read may have become free to go
-                raise self._capacity.out_of_blocks(num_blocks)
+                return False
             copy = block.copy_below(rung)
             if copy is None:
                 copy = self._store(block, rung)
+            if copy is None:
+                return False
             self._finish(block, copy)
             self.free_copy(block, rung)
+        return True
 
     def start_ahead(self, num_blocks: int) -> None:
         """Start storing the blocks that are next to leave, before their room is needed.
@@ -86,7 +94,8 @@ class Stores:
                 and self._has_room_now(target)
             ):
                 try:
-                    self._store(block, rung)
+                    if self._store(block, rung) is None:
+                        break
                 except TierIOError:
                     break  # not yet in need: `make_room` tries again and says so if it must
 
@@ -143,14 +152,15 @@ class Stores:
         copy = None if block is None else block.copy_below(rung)
         return block is not None and copy is not None and block.stores[copy].is_ready()
 
-    def _store(self, block: KVBlock, rung: int) -> int:
+    def _store(self, block: KVBlock, rung: int) -> int | None:
         """Start writing a block from a rung to the one below, which is returned; it counts as
-        stored there once its transfer is done."""
+        stored there once its transfer is done. None where there is no room for it just now."""
         self._finish(block, rung)
         target = self._capacity.rung_below(rung)
         if target is None:
             raise self._capacity.out_of_blocks(1)
-        self.make_room(1, target)
+        if not self._make_room(1, target):
+            return None
         tier = self._tiers[target]
         source, slot = block.slots[rung], tier.allocate()
         assert source is not None

@@ -167,12 +167,8 @@ def _stream_attention(
     batch, heads, num_queries, _ = query.shape
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
     heads_first = out.transpose(1, 2)
-    table, scan = snapshot.table, snapshot.scan
-    with (
-        manager.read_lock,
-        span(ATTENTION, table.layer),
-        manager.read(table, scan, snapshot.num_tokens) as reading,
-    ):
+    layer = snapshot.table.layer
+    with manager.read_lock, span(ATTENTION, layer), manager.read(snapshot) as reading:
         if reading.resident is not None:
             ops.paged_attention(query, reading.resident, call, out=heads_first, return_lse=False)
             return out
@@ -180,9 +176,9 @@ def _stream_attention(
         reading.attend_beside(query, call)
         for chunk in reading.chunks():
             columns = range(chunk.first, chunk.first + chunk.slots.shape[1])
-            with span(ATTEND, table.layer, columns):
+            with span(ATTEND, layer, columns):
                 ops.attend_blocks(state, query, reading.view(chunk), call)
-        with span(MERGE, table.layer):
+        with span(MERGE, layer):
             if reading.beside:
                 reading.join_beside(state)
             ops.finish_attention(state, out=heads_first, sinks=call.sinks)

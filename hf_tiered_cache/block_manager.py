@@ -107,9 +107,9 @@ class Waiting:
             yield from queue
 
     def without(self, layers: Collection[int]) -> "Waiting":
-        """Those of other layers."""
+        """The same with nothing of these layers."""
         dirty, clean = (
-            {layer: queue for layer, queue in queues.items() if layer not in layers}
+            {one: OrderedDict() if one in layers else queue for one, queue in queues.items()}
             for queues in (self.dirty, self.clean)
         )
         return Waiting(self.rung, dirty, clean)
@@ -196,9 +196,9 @@ class Changing:
         try:
             yield
         finally:
-            self.is_torn |= self._is_under_way
-            self._is_under_way = True
-        if self.is_torn:
+            is_torn_now, self._is_under_way = self._is_under_way, True
+            self.is_torn |= is_torn_now
+        if is_torn_now:
             raise TornBooksError(
                 "another thread was interrupted while this one waited for it: call again"
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
@@ -89,15 +90,9 @@ class BlockReader:
         self._num_readings = 0
         self._lane_waits = [0.0, 0.0]  # of the copy lane and the CPU lane, at the last correction
 
-    def read(
-        self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
-    ) -> "Reading":
-        """A reading of a table (of its first `num_tokens` tokens), to be entered.
-
-        `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
-        along it.
-        """
-        return Reading(self, table, scan, num_tokens)
+    def read(self, shown: "Readable") -> "Reading":
+        """A reading, to be entered; what it shows is looked up then."""
+        return Reading(self, shown)
 
     def plan(self, table: BlockTable, num_blocks: int, beside: bool) -> ReadingPlan:
         """How the first columns of a table come to attention."""
@@ -206,15 +201,15 @@ class BlockReader:
         Raises TierIOError when a cold block cannot be loaded or is not what was stored.
         """
         cold = part.cold
-        has_prefetched = self._begin(pin, table, cold)
+        has_prefetched, slots, transfers = self._begin(pin, table, cold)
         try:
-            self._wait(pin, cold)
+            self._wait(pin, cold, transfers)
         except TierIOError:
             if not has_prefetched:
                 raise
-            self._begin(pin, table, cold)  # what failed while it was loaded ahead is tried again
-            self._wait(pin, cold)
-        slots = self._stream.slots(cold)
+            # What failed while it was loaded ahead is tried again.
+            _, slots, transfers = self._begin(pin, table, cold)
+            self._wait(pin, cold, transfers)
         if table.batch > 1 or part.resident:
             places = {**part.resident, **dict(zip(cold, slots, strict=True))}
             slots = [places[block] for row in part.rows for block in row]
@@ -244,8 +239,10 @@ class BlockReader:
                 upcoming = self._upcoming(table, plan.cold, part.num_done, scan, beside)
                 self._stream.prefetch(chain.from_iterable(upcoming))
 
-    def _begin(self, pin: Pin, table: BlockTable, cold: Sequence[KVBlock]) -> bool:
-        """Start the loads of what is not staged yet; whether any of it was."""
+    def _begin(
+        self, pin: Pin, table: BlockTable, cold: Sequence[KVBlock]
+    ) -> tuple[bool, list[int], list[Transfer]]:
+        """Start the loads of what is not staged yet: whether any was, all slots, all loads."""
         with self._lock:
             self._check_held(table)
             kept = self.pins.staged() if len(self.pins) > 1 else set()
@@ -260,11 +257,10 @@ class BlockReader:
                 has_prefetched = self._stream.begin(cold, kept)
             pin.staged = cold
             self._counters.cold_reads += len(cold)
-            return has_prefetched
+            return has_prefetched, self._stream.slots(cold), self._stream.transfers(cold)
 
-    def _wait(self, pin: Pin, cold: Sequence[KVBlock]) -> None:
+    def _wait(self, pin: Pin, cold: Sequence[KVBlock], transfers: Sequence[Transfer]) -> None:
         """Wait, or let the device wait, for the loads; when one fails none of them stays staged."""
-        transfers = self._stream.transfers(cold)
         try:
             pending = [transfer for transfer in transfers if not transfer.is_ready()]
             if pending:
@@ -312,6 +308,18 @@ class BlockReader:
         yield cold[:num_done]
 
 
+class Readable(Protocol):
+    """The first `num_tokens` tokens of a table. `scan`: the tables of the same cache in the order a
+    forward reads them; loads run ahead along it."""
+
+    @property
+    def table(self) -> BlockTable: ...
+    @property
+    def scan(self) -> Sequence[BlockTable]: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
 class Reading:
     """One reading of a table: a context, in which what is attended stays where it is.
 
@@ -319,22 +327,13 @@ class Reading:
     behind the host, whoever reads holds the manager's lock (`OffloadManager.read_lock`).
     """
 
-    __slots__ = ("_num_blocks", "_pin", "_reader", "_scan", "_table", "beside", "resident")
+    __slots__ = ("_num_blocks", "_pin", "_reader", "_shown", "_table", "beside", "resident")
 
-    def __init__(
-        self,
-        reader: BlockReader,
-        table: BlockTable,
-        scan: Sequence[BlockTable],
-        num_tokens: int | None,
-    ) -> None:
+    def __init__(self, reader: BlockReader, shown: Readable) -> None:
         self._reader = reader
-        self._table = table
-        self._scan = scan
-        blocks = table.num_blocks
-        if num_tokens is not None:
-            blocks = min(blocks, reader.layout.num_blocks(num_tokens))
-        self._num_blocks = blocks
+        self._shown = shown
+        self._table = shown.table
+        self._num_blocks = 0
         self._pin: Pin | None = None
         self.beside = False
         """Whether a part is attended by the CPU lane."""
@@ -344,19 +343,30 @@ class Reading:
     def __enter__(self) -> "Reading":
         reader = self._reader
         with reader._lock:
-            reader._check_held(self._table)
-            self._pin = reader.pins.add(self._table.layer)
-            self.resident = reader.resident_view(self._table, self._num_blocks)
+            reader._check_held(self._shown.table)
+            # It may be another one by now: who changes a table gives its readers a fork of it.
+            self._pin = reader.pins.add(self._shown.table)
+            try:
+                self._table = self._pin.table = self._shown.table
+                reader._check_held(self._table)
+                asked = reader.layout.num_blocks(self._shown.num_tokens)
+                self._num_blocks = min(self._table.num_blocks, asked)
+                self.resident = reader.resident_view(self._table, self._num_blocks)
+            except BaseException:
+                reader.pins.remove(self._pin)
+                raise
         return self
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        pin, self._pin = self._pin, None
-        reader = self._reader
+        reader, pin = self._reader, self._pin
         with reader._lock:
-            if pin is not None:
-                reader.pins.remove(pin)
-            if error is None:
-                reader._check_held(self._table)  # else what was read may have been zeros
+            try:
+                if error is None:
+                    reader._check_held(self._table)  # else what was read may have been zeros
+            finally:
+                if pin is not None:
+                    reader.pins.remove(pin)
+                    self._pin = None
 
     def attend_beside(self, query: torch.Tensor, call: ops.AttentionCall) -> None:
         """Let the CPU lane attend its part of the host's blocks where they lie, if there is any:
@@ -389,7 +399,7 @@ class Reading:
         for part in plan.parts:
             if isinstance(part, Staging):
                 yield Chunk(part.first, reader.stage(pin, table, part))
-                reader.unstage(pin, table, part, plan, self._scan, self.beside)
+                reader.unstage(pin, table, part, plan, self._shown.scan, self.beside)
             elif part.run.is_resident or not self.beside:
                 reader.count(part)
                 yield Chunk(part.first, part.slots, part.rung)

@@ -14,6 +14,7 @@ from hf_tiered_cache.errors import (
     CacheInUseError,
     OutOfBlocksError,
     TierIOError,
+    TornBooksError,
     TornCacheError,
 )
 from hf_tiered_cache.forwards import Forward
@@ -22,7 +23,7 @@ RESET = "reset"  # the change that makes good any other
 
 # What may have changed something when it was raised in a layer, besides interrupts: whatever else
 # is raised refuses what was given, and the forward may go on.
-FAILURES = (OutOfBlocksError, TierIOError, MemoryError)
+FAILURES = (OutOfBlocksError, TierIOError, TornBooksError, MemoryError)
 
 
 class Restorable(Protocol):

@@ -4,8 +4,8 @@ A full block is immutable. Which ones leave a rung says a policy (`demotion`), `
 down, `capacity` says what fits. Blocks never go up but through staging (`block_reader`).
 
 One manager serves all layers whose blocks have the same layout and device. Forks of a cache share
-it; `lock` is held by whoever changes the books, or looks at them, and by nobody while kernels run
-or disks are waited for: what is read then is pinned.
+it; `lock` is held by whoever changes the books, or looks at them, and by no reader while attention
+runs and its loads are waited for: what is read then is pinned.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
-from hf_tiered_cache.block_reader import BlockReader, Reading
+from hf_tiered_cache.block_reader import BlockReader, Readable, Reading
 from hf_tiered_cache.capacity import Capacity
 from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.demotion import ByAge, DemotionPolicy
@@ -168,6 +168,8 @@ class OffloadManager:
         if num_tokens < room and not must_own:  # in decode nearly always: one number changes
             self._write(table, keys, values)
             return
+        if must_own:
+            self._wait_for_readers(table)
         with self.blocks.changing:
             if must_own or num_tokens > room:
                 checks.check_new_tokens(keys, values, self.layout, table.batch)
@@ -263,29 +265,36 @@ class OffloadManager:
     def _ensure_capacity(self, table: BlockTable, num_tokens: int) -> None:
         """Raise OutOfBlocksError unless `num_tokens` more tokens fit, whatever must be demoted for
         it; then fit staging to the batch."""
-        needs = self._capacity.needs(table, num_tokens)
-        self._ask_neighbours(needs.least)
-        others = sum(it._capacity.least_bytes for it in self._neighbours)
-        self._resize_staging(self._capacity.check(needs, others))
+        while True:
+            needs = self._capacity.needs(table, num_tokens)
+            if self._ask_neighbours(needs.least):
+                continue
+            others = sum(it._capacity.least_bytes for it in self._neighbours)
+            num_slots = self._capacity.check(needs, others)
+            if num_slots == self._stream.num_slots:
+                return
+            if not self._pins.drain_within(self.blocks.changing):  # plans go by the ring's size
+                break
+        self._resize_staging(num_slots)
 
-    def _ask_neighbours(self, num_slots: int) -> None:
+    def _ask_neighbours(self, num_slots: int) -> bool:
         """Let neighbours that hold more than they need give some of the device back, where this
-        manager cannot get `num_slots` in all."""
+        manager cannot get `num_slots` in all. True where their readers were waited for, so that
+        all is to be counted again."""
         budget = self.device_tier.budget
         for neighbour in self._neighbours:
             wanted = num_slots * self.layout.num_bytes
             missing = wanted - self.device_tier.committed_bytes - budget.free_bytes
             if missing > 0:
+                if neighbour._pins.drain_within(self.blocks.changing):
+                    return True
                 with contextlib.suppress(OutOfBlocksError, TierIOError):
                     neighbour.yield_device(missing)
+        return False
 
     def _resize_staging(self, num_slots: int) -> None:
-        more = num_slots - self._stream.num_slots
-        if more == 0:
-            return
-        while self._pins.staged() and self._pins.wait_within(self.blocks.changing):
-            pass  # staged blocks that are attended keep their slots
-        self.stores.make_room(max(more, 0))
+        """While nobody else reads."""
+        self.stores.make_room(max(num_slots - self._stream.num_slots, 0))
         self._stream.resize(num_slots)
         if self._neighbours:
             self._stream.claim()
@@ -298,19 +307,27 @@ class OffloadManager:
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens of every row."""
         self._tidy()
+        self._wait_for_readers(table)
         with self.blocks.changing:
             self._drop(self.blocks.truncate(table, num_tokens))
 
     def select_rows(self, table: BlockTable, rows: Sequence[int]) -> None:
         """Make row `i` what row `rows[i]` was; blocks are shared, not copied."""
         self._tidy()
+        self._wait_for_readers(table)
         with self.blocks.changing:
             self._drop(self.blocks.select_rows(table, rows))
 
     def drop_table(self, table: BlockTable) -> None:
         """Free everything only this table held; harmless after close."""
         self._tidy()
+        self._wait_for_readers(table)
         self._drop_table(table)
+
+    def _wait_for_readers(self, table: BlockTable) -> None:
+        """Return when no other thread reads the table, whose rows are to change."""
+        while self._pins.wait(lambda pin: pin.table is table):
+            self._tidy()
 
     def abandon_table(self, table: BlockTable) -> None:
         """Drop a table before the next change or read. For finalizers: they run in any thread and
@@ -328,8 +345,12 @@ class OffloadManager:
         while self.blocks.changing.was_interrupted and not self._is_closed:
             if not self._pins.wait(lambda pin: pin.staged):
                 self._mend()
-        while self._abandoned:
-            self._drop_table(self._abandoned.popleft())
+        for _ in range(len(self._abandoned)):
+            table = self._abandoned.popleft()
+            if self._pins.holds(table) and not self._is_closed:
+                self._abandoned.append(table)  # it is read to the end
+            else:
+                self._drop_table(table)
 
     def _mend(self) -> None:
         """Make good what an interrupt left half done: slots that no block is in are given back, and
@@ -352,17 +373,10 @@ class OffloadManager:
             self._stream.discard(block)
             self.stores.free_slots(block, first_rung=DEVICE)
 
-    def read(
-        self, table: BlockTable, scan: Sequence[BlockTable], num_tokens: int | None = None
-    ) -> Reading:
-        """A reading of the table's blocks (those of its first `num_tokens` tokens), to be entered
-        while `read_lock` is held. Entering raises ClosedCacheError when the table was dropped, or
-        its cache is closed.
-
-        `scan`: the tables of the same cache in the order a forward reads them; loads run ahead
-        along it.
-        """
-        return self._reader.read(table, scan, num_tokens)
+    def read(self, shown: Readable) -> Reading:
+        """A reading of a table's blocks, to be entered while `read_lock` is held. Entering raises
+        ClosedCacheError when the table was dropped, or its cache is closed."""
+        return self._reader.read(shown)
 
     @property
     def split(self) -> LaneSplit:

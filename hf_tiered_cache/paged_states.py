@@ -199,7 +199,7 @@ class Snapshot:
         order. The caller holds the manager's `read_lock`; a chunk is good until the next is asked
         for."""
         layout = self.layout
-        with self.manager.read(self.table, self.scan, self.num_tokens) as reading:
+        with self.manager.read(self) as reading:
             for chunk in reading.chunks():
                 num_tokens = self.num_tokens - chunk.first * layout.block_tokens
                 slab, slots = reading.slab(chunk), chunk.slots.long()

@@ -99,7 +99,11 @@ class BlockStream:
 
     def begin(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock] = ()) -> bool:
         """Start loading those of `blocks`, for which there is room, that are not staged yet;
-        whether any was."""
+        whether any was. What failed is loaded again."""
+        for transfer in self.transfers(block for block in blocks if block in self._staged):
+            if transfer.has_failed:  # nobody can be attending what it did not bring
+                for block in [b for b, (_, load) in self._staged.items() if load is transfer]:
+                    self.discard(block)
         missing = [block for block in blocks if block not in self._staged]
         surplus = len(missing) - len(self._free) - self.num_reserved
         if surplus > 0:
@@ -115,21 +119,22 @@ class BlockStream:
         Raises TierIOError when a load failed; the blocks are then no longer staged."""
         has_prefetched = self.begin(blocks, kept)
         try:
-            self._wait(blocks)
+            self._wait(blocks, kept)
         except TierIOError:
             if not has_prefetched:
                 raise
             self.begin(blocks, kept)
-            self._wait(blocks)
+            self._wait(blocks, kept)
         return self.slots(blocks)
 
-    def _wait(self, blocks: Sequence[KVBlock]) -> None:
+    def _wait(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock]) -> None:
         try:
             for transfer in self.transfers(blocks):
                 transfer.hold_device()
         except TierIOError:
             for block in blocks:
-                self.discard(block)
+                if block not in kept:
+                    self.discard(block)
             raise
 
     def transfers(self, blocks: Iterable[KVBlock]) -> list[Transfer]:

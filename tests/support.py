@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,7 +126,9 @@ def chunks(
     num_tokens: int | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of one reading."""
-    with manager.read_lock, manager.read(table, scan, num_tokens) as reading:
+    tokens = table.num_tokens if num_tokens is None else num_tokens
+    shown = SimpleNamespace(table=table, scan=scan, num_tokens=tokens)
+    with manager.read_lock, manager.read(shown) as reading:
         yield from reading.chunks()
 
 

@@ -156,6 +156,85 @@ def test_what_one_reader_attends_in_staging_no_other_takes(tmp_path):
     manager.check_integrity()
 
 
+def test_a_table_changes_only_behind_its_readers(tmp_path):
+    """Tokens cut, rows repeated, a table dropped: the reader gets what it began with, whole."""
+    manager = make_manager(tmp_path, device_blocks=2 + 4, staging=2)
+    kept, layer = Shadowed.new(manager), Shadowed.new(manager, 1)
+    layer.append(9 * BLOCK_TOKENS)
+    kept.append(3)
+    for change in ("truncate", "select_rows", "abandon"):
+        keys = layer.keys
+        read, go_on = threading.Event(), threading.Event()
+
+        def read_slowly(read=read, go_on=go_on) -> list[int]:
+            seen = []
+            for chunk in chunks(manager, layer.table, [layer.table]):
+                seen += [chunk.first] * chunk.slots.shape[1]
+                read.set()
+                assert go_on.wait(SOON)
+            return seen
+
+        def change_it(change=change) -> None:
+            with manager.lock:
+                if change == "truncate":
+                    layer.truncate(7 * BLOCK_TOKENS + 1)
+                elif change == "select_rows":
+                    layer.select_rows([0, 0])
+                else:
+                    manager.abandon_table(layer.table)
+                    kept.append(1)
+
+        with ThreadPoolExecutor(2) as pool:
+            reading = pool.submit(read_slowly)
+            assert read.wait(SOON)
+            changing = pool.submit(change_it)
+            threading.Event().wait(0.2)
+            assert changing.done() == (change == "abandon"), "it is only put on a list"
+            assert layer.table.num_tokens == keys.shape[2]
+            go_on.set()
+            assert len(reading.result(timeout=SOON)) == -(-keys.shape[2] // BLOCK_TOKENS)
+            changing.result(timeout=SOON)
+        if change != "abandon":
+            layer.check()
+        manager.check_integrity()
+    kept.append(1)
+    assert not layer.table.rows
+    kept.check()
+
+
+def test_staging_changes_its_size_behind_all_readers(tmp_path):
+    """A plan that is being read goes by the size of the ring."""
+    manager = make_manager(tmp_path, device_blocks=11, staging=8)
+    layer = Shadowed.new(manager)
+    layer.append(30 * BLOCK_TOKENS)
+    staging = manager.num_staging_slots
+    read, go_on = threading.Event(), threading.Event()
+
+    def read_slowly() -> None:
+        for _ in chunks(manager, layer.table, [layer.table]):
+            read.set()
+            assert go_on.wait(SOON)
+
+    def widen() -> Shadowed:
+        with manager.lock:
+            wide = Shadowed.new(manager, 1, batch=2)
+            wide.append(1)
+        return wide
+
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(read_slowly)
+        assert read.wait(SOON)
+        widening = pool.submit(widen)
+        threading.Event().wait(0.2)
+        assert manager.num_staging_slots == staging
+        go_on.set()
+        reading.result(timeout=SOON)
+        widening.result(timeout=SOON).check()
+    assert manager.num_staging_slots < staging
+    layer.check()
+    manager.check_integrity()
+
+
 def test_a_cache_that_is_closed_while_it_is_read_tells_the_reader(make_cache, stopped_kernels):
     begun, go_on = stopped_kernels
     model = tiny_model("Llama")

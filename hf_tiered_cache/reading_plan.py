@@ -1,11 +1,11 @@
 """How the columns of a table come to attention: `ReadingPlan`.
 
-Resident blocks are attended where they lie, cold ones in staging. Where blocks below the device have
-addresses, the oldest part of each run of them, as large as the lanes' split says, is attended where
-it lies; on a device with a CPU lane that part is planned `beside`.
+Resident blocks are attended where they lie, cold ones in staging. Where blocks below the device
+have addresses, the oldest part of each run of them, as large as the lanes' split says, is attended
+where it lies; on a device with a CPU lane that part is planned `beside`.
 
-A plan follows from where blocks are, so it is kept with a table's placement and made anew only after
-something moved: in decode nearly never.
+A plan follows from where blocks are, so it is kept with a table's placement and made anew only
+after something moved: in decode nearly never.
 """
 
 from collections.abc import Collection, Iterable, Iterator

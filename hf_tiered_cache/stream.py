@@ -100,11 +100,12 @@ class BlockStream:
     def begin(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock] = ()) -> bool:
         """Start loading those of `blocks`, for which there is room, that are not staged yet;
         whether any was. What failed is loaded again."""
-        for transfer in self.transfers(block for block in blocks if block in self._staged):
+        staged = self._staged
+        for transfer in dict.fromkeys([staged[block][1] for block in blocks if block in staged]):
             if transfer.has_failed:  # nobody can be attending what it did not bring
-                for block in [b for b, (_, load) in self._staged.items() if load is transfer]:
+                for block in [b for b, (_, load) in staged.items() if load is transfer]:
                     self.discard(block)
-        missing = [block for block in blocks if block not in self._staged]
+        missing = [block for block in blocks if block not in staged]
         surplus = len(missing) - len(self._free) - self.num_reserved
         if surplus > 0:
             wanted = {*blocks, *kept}

@@ -99,8 +99,12 @@ class BlockStream:
 
     def begin(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock] = ()) -> bool:
         """Start loading those of `blocks`, for which there is room, that are not staged yet;
-        whether any was."""
+        whether any was. What failed is loaded again."""
         staged = self._staged
+        for transfer in dict.fromkeys([staged[block][1] for block in blocks if block in staged]):
+            if transfer.has_failed:  # nobody can be attending what it did not bring
+                for block in [b for b, (_, load) in staged.items() if load is transfer]:
+                    self.discard(block)
         missing = [block for block in blocks if block not in staged]
         surplus = len(missing) - len(self._free) - self.num_reserved
         if surplus > 0:

@@ -367,6 +367,8 @@ class Reading:
                 if pin is not None:
                     reader.pins.remove(pin)
                     self._pin = None
+                # Frames that a failure keeps may outlive the reading, and with them this object.
+                del self._shown
 
     def attend_beside(self, query: torch.Tensor, call: ops.AttentionCall) -> None:
         """Let the CPU lane attend its part of the host's blocks where they lie, if there is any:

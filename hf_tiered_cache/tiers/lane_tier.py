@@ -243,7 +243,7 @@ class MemoryLaneTier(LaneTier):
         self.check_allocated(slots)
         self._end_writes(slots)
         transfer = self._lane.load_rows(self.slab, slots, memory.slab, targets)
-        self.keep(slots, transfer)
+        self._loads.update(dict.fromkeys(slots, transfer))
         return transfer
 
     def _pinned(self, slots: Sequence[int]) -> list[torch.Tensor] | None:

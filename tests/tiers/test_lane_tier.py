@@ -1,5 +1,6 @@
 """A tier behind a lane: who still reads a slot is waited for before it is given to another."""
 
+import pytest
 import torch
 from tiers.late_lane import LateDevice, LateLane, RefusingPinning
 
@@ -16,7 +17,8 @@ class Outside(LateLane):
         return True
 
 
-def test_freeing_a_slot_waits_for_its_load_whoever_else_reads_it():
+@pytest.mark.parametrize("verb", ["read", "load"])
+def test_freeing_a_slot_waits_for_its_load_whoever_else_reads_it(verb):
     """The CPU, which ends at once, was told to read what is being loaded."""
     lane = Outside(LateDevice(speed=0.0))
     ring = BounceRing(HostTier(BLOCK, Budget("bounce", 2 * BLOCK)), 2)
@@ -25,11 +27,17 @@ def test_freeing_a_slot_waits_for_its_load_whoever_else_reads_it():
     )
     slot = tier.allocate()
     tier.tier.block(slot).fill_(7)
-    out = torch.zeros(BLOCK, dtype=torch.uint8)
-    tier.read([slot], [out])
+    memory = HostTier(BLOCK, Budget("device", BLOCK))
+    target = memory.allocate()
+    out = memory.block(target).zero_()
+    if verb == "read":
+        tier.read([slot], [out])
+    else:
+        tier.load([slot], memory, [target])
     reader = Transfer()
     reader.end_part()
     tier.keep([slot], reader)
     tier.free(slot)
     assert (out == 7).all(), "the slot was given back while it was loaded"
     tier.close()
+    memory.close()

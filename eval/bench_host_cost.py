@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_tiered_cache import TieredCache, cpu_lane, tiered_attention_forward
@@ -258,21 +258,12 @@ def filled(case: Case) -> TieredCache:
     return cache
 
 
-def token(cache: TieredCache) -> float:
+def token(cache: Cache, attend: Callable[..., Any] = tiered_attention_forward) -> float:
     """Thread CPU seconds of one token."""
     start = thread_time()
     for layer in range(LAYERS):
-        handles = cache.update(KEYS, VALUES, layer)
-        tiered_attention_forward(MODULE, QUERY, *handles, None, scaling=0.1)
-    return thread_time() - start
-
-
-def dynamic_token(cache: DynamicCache) -> float:
-    """The same of transformers' own."""
-    start = thread_time()
-    for layer in range(LAYERS):
         states = cache.update(KEYS, VALUES, layer)
-        sdpa_attention_forward(MODULE, QUERY, *states, None, scaling=0.1)
+        attend(MODULE, QUERY, *states, None, scaling=0.1)
     return thread_time() - start
 
 
@@ -320,11 +311,11 @@ def milliseconds(case: Case, rounds: int, profile: bool) -> tuple[float, float]:
     with StubGpu().plugged_in(), filled(case) as cache:
         for _ in range(3):
             token(cache)
-            dynamic_token(dynamic)
+            token(dynamic, sdpa_attention_forward)
         with patch.object(StubEvent, "is_late", True):
             for _ in range(rounds):
                 ours.append(token(cache))
-                theirs.append(dynamic_token(dynamic))
+                theirs.append(token(dynamic, sdpa_attention_forward))
             if profile:
                 recorded = cProfile.Profile()
                 recorded.runcall(token, cache)

@@ -72,9 +72,9 @@ class Pins:
         """Whether anybody reads the table."""
         return any(pin.table is table and pin.thread.is_alive() for pin in self._pins)
 
-    def staged(self, but: Pin | None = None) -> set[KVBlock]:
-        """The staged blocks that are attended just now, by readers other than `but`."""
-        return {block for pin in self._pins if pin is not but for block in pin.staged}
+    def staged(self) -> set[KVBlock]:
+        """The staged blocks that are attended just now."""
+        return {block for pin in self._pins for block in pin.staged}
 
     def wait(self, matters: Callable[[Pin], object] = bool) -> bool:
         """Let go of the lock until less is pinned, or for a moment; False, without a wait, where no

@@ -10,7 +10,7 @@ from support import BLOCK_TOKENS, Shadowed, chunks, make_manager
 from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_model
 from transformers import DynamicCache
 
-from hf_tiered_cache import ClosedCacheError
+from hf_tiered_cache import ClosedCacheError, TieredCache
 from hf_tiered_cache.errors import OutOfBlocksError
 from hf_tiered_cache.kernels import ops
 
@@ -20,18 +20,35 @@ SOON = 30  # seconds, for what takes none
 
 @pytest.fixture
 def stopped_kernels(monkeypatch):
-    """(a kernel has begun, let kernels go on): attention over one chunk stands still between."""
+    """(a kernel has begun, let kernels go on): attention over one chunk stands still between, once
+    `go_on` is cleared."""
     begun, go_on = threading.Event(), threading.Event()
-    attend = ops.attend_blocks
+    go_on.set()
+    attend_blocks = ops.attend_blocks
 
     def stand_still(*arguments):
         begun.set()
         assert go_on.wait(SOON)
-        return attend(*arguments)
+        return attend_blocks(*arguments)
 
     monkeypatch.setattr(ops, "attend_blocks", stand_still)
     yield begun, go_on
     go_on.set()
+
+
+def prefilled(make_cache, device_blocks: int) -> TieredCache:
+    """A cache behind the prompt, part of it cold."""
+    model = tiny_model("Llama")
+    cache = make_cache(model.config, device_blocks, disk_bytes="1MiB")
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+    return cache
+
+
+def attend(cache: TieredCache) -> None:
+    """One more token."""
+    with torch.no_grad():
+        tiny_model("Llama")(torch.tensor([[5]]), past_key_values=cache)
 
 
 def test_forks_of_a_prompt_decode_side_by_side(make_cache, one_thread):
@@ -70,22 +87,12 @@ def test_forks_of_a_prompt_decode_side_by_side(make_cache, one_thread):
 
 def test_nobody_waits_for_a_kernel(make_cache, stopped_kernels):
     """While one fork attends, the others' figures can be read and another one goes on."""
+    cache = prefilled(make_cache, SMALLEST[1] + 8)
     begun, go_on = stopped_kernels
-    model = tiny_model("Llama")
-    cache = make_cache(model.config, SMALLEST[1] + 8, disk_bytes="1MiB")
-    go_on.set()
-    with torch.no_grad():
-        model(prompt(), past_key_values=cache)
-    go_on.clear()
     begun.clear()
-    fork = copy.deepcopy(cache)
-
-    def attend() -> None:
-        with torch.no_grad():
-            model(torch.tensor([[5]]), past_key_values=fork)
-
+    go_on.clear()
     with ThreadPoolExecutor(2) as pool:
-        attending = pool.submit(attend)
+        attending = pool.submit(attend, copy.deepcopy(cache))
         assert begun.wait(SOON)
         stats = pool.submit(cache.stats).result(timeout=SOON)
         assert stats.num_tokens == prompt().shape[1]
@@ -236,21 +243,12 @@ def test_staging_changes_its_size_behind_all_readers(tmp_path):
 
 
 def test_a_cache_that_is_closed_while_it_is_read_tells_the_reader(make_cache, stopped_kernels):
+    cache = prefilled(make_cache, SMALLEST[1])
     begun, go_on = stopped_kernels
-    model = tiny_model("Llama")
-    cache = make_cache(model.config, SMALLEST[1])
-    go_on.set()
-    with torch.no_grad():
-        model(prompt(), past_key_values=cache)
-    go_on.clear()
     begun.clear()
-
-    def attend() -> None:
-        with torch.no_grad():
-            model(torch.tensor([[5]]), past_key_values=cache)
-
+    go_on.clear()
     with ThreadPoolExecutor(1) as pool:
-        attending = pool.submit(attend)
+        attending = pool.submit(attend, cache)
         assert begun.wait(SOON)
         (manager,) = cache._owned.pool.managers
         manager.close()

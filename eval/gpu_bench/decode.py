@@ -193,6 +193,6 @@ def profiled(bench: Bench, cache: TieredCache, what: str) -> Iterator[Row]:
     path = bench.log("profile.txt")
     with path.open("a") as file:
         file.write(f"{what}\n{averages.table(sort_by='self_cpu_time_total', row_limit=60)}\n")
-    counts = {event.key: event.count for event in averages}
+    counts = {event.key: event.count for event in averages if event.key in COUNTED}
     shown = ", ".join(f"{counts[name]:,} {name}" for name in COUNTED if name in counts)
     yield Row(what, f"{time.host * 1e3:.0f} ms host", note=f"{shown}; {path}", data=counts)

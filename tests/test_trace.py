@@ -13,9 +13,9 @@ import hf_tiered_cache
 from hf_tiered_cache.blocks import assembly as manager_pool
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.observe import tracing
+from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.disk.block_file import BlockFile
 from hf_tiered_cache.tiers.disk.movers import moving_core
-from hf_tiered_cache.tiers.disk import DiskTier
 
 READ_SECONDS = 0.02
 SOON = 0.015  # what a busy machine may add

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import without_cold_blocks
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,8 +22,6 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from hf_tiered_cache.commands.app import app
-
-from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 TINY_LM = str(ROOT / "eval" / "tiny_lm")

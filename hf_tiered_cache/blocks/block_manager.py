@@ -158,7 +158,7 @@ class Placement:
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
-    plans: dict[bool, Any] = field(default_factory=dict)
+    plans: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> torch.Tensor:

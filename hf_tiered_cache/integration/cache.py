@@ -8,6 +8,7 @@ import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Never
 
 import torch
@@ -21,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from hf_tiered_cache.blocks.assembly import BlockMemory
+from hf_tiered_cache.blocks.selection import SelectionPolicy
 from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
@@ -70,6 +72,8 @@ class TieredCache(DynamicCache):
             "module:Class", with their bytes (docs/extending.md).
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
+        attend: what attention reads: "all", or approximately "resident_only" (what is on the
+            device, without loads), or a selection policy of your own (docs/extending.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
@@ -99,6 +103,7 @@ class TieredCache(DynamicCache):
         cpu_share: float | str = AUTO,
         extra_tiers: Mapping[str, int | str] | None = None,
         demotion: str = "by_age",
+        attend: str = "all",
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
         offloading: bool = False,
@@ -129,6 +134,7 @@ class TieredCache(DynamicCache):
             cpu_share=cpu_share,
             extra_tiers=extra_tiers,
             demotion=demotion,
+            attend=attend,
         )
         if tiers is not None and given.asked():
             raise ConfigError(f"give either tiers= or {', '.join(given.asked())}, not both")
@@ -411,6 +417,21 @@ class TieredCache(DynamicCache):
         """While all layers are read, or changed by `change`, at once. Raises CacheInUseError."""
         return self._guard.admit_alone(self._last_layer, change)
 
+    @contextmanager
+    def attending(self, selection: str) -> Iterator[None]:
+        """Let attention read what this selection policy chooses (`attend=`) in forwards through
+        this cache within the `with` block. Raises ConfigError for an unknown one.
+
+        Tensors that an operation of torch builds of a layer's keys and values stay whole.
+        """
+        chosen = SelectionPolicy.by_name(selection)()
+        before = self._owned.selection
+        self._owned.selection = chosen
+        try:
+            yield
+        finally:
+            self._owned.selection = before
+
     def _savepoint(self) -> Savepoint:
         return Savepoint(self.layers, self._owned)
 
@@ -445,6 +466,8 @@ class TieredCache(DynamicCache):
             tiers=pool.tier_stats(),
             lanes=pool.lane_stats(),
             counters=pool.counters(),
+            attend=self._owned.selection.name,
+            is_exact=self._owned.selection.is_exact,
         )
 
     def _check_open(self) -> None:

@@ -115,6 +115,8 @@ class CacheStats:
     untiered_layers: int = 0
     untiered_tokens: int = 0  # of the longest; of a window all that it has seen
     untiered_bytes: int = 0  # with the linear states of layers that have blocks
+    attend: str = "all"  # the selection policy: what of the blocks attention reads
+    is_exact: bool = True  # all of them
 
     @property
     def hit_share(self) -> float:
@@ -141,6 +143,8 @@ class CacheStats:
             f"{self.num_tokens:,} tokens x {self.batch} in {self.num_layers} layers, blocks of "
             f"{self.block_tokens} tokens ({format_bytes(self.block_bytes)}), kernel {self.kernel}"
         ]
+        if not self.is_exact:
+            lines.append(f"  approximate: attention leaves blocks out (attend={self.attend!r})")
         for row in rows:
             left = "  ".join(
                 cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)

@@ -61,7 +61,7 @@ def belady_hits(requests: Sequence[Request], num_blocks: int) -> float:
     for time, keys in enumerate(requests):
         for key in keys:
             uses.setdefault(key, []).append(time)
-    next_use = {key: 0 for key in uses}
+    next_use = dict.fromkeys(uses, 0)
     never = len(requests)
 
     def after(key: bytes, time: int) -> int:

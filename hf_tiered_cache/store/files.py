@@ -80,7 +80,7 @@ class Header:
     parent: bytes
     space: bytes
     num_tokens: int
-    index: int  # of the block in its sequence
+    number: int  # of the block in its sequence
     extents: tuple[Extent, ...]
     created_ns: int = 0
     rank: int = 0
@@ -100,7 +100,7 @@ class Header:
         """Page 0 (or more), ready to be written."""
         fixed = _FIXED.pack(
             *(MAGIC, MAJOR, MINOR, self.header_bytes, self.file_bytes, CODEC_RAW, 0),
-            *(len(self.extents), self.key, self.parent, self.space, self.num_tokens, self.index),
+            *(len(self.extents), self.key, self.parent, self.space, self.num_tokens, self.number),
             *(self.rank, self.world, self.created_ns),
         )
         table = b"".join(
@@ -126,7 +126,7 @@ def plan(
     parent: bytes,
     space: bytes,
     num_tokens: int,
-    index: int,
+    number: int,
     layers: Sequence[tuple[int, int, tuple[int, int, int, int], bytes | memoryview]],
     *,
     created_ns: int | None = None,
@@ -140,7 +140,7 @@ def plan(
         extents.append(Extent(layer, dtype, shape, offset, len(data), checksum))
         offset += len(data)
     created = time.time_ns() if created_ns is None else created_ns
-    return Header(key, parent, space, num_tokens, index, tuple(extents), created)
+    return Header(key, parent, space, num_tokens, number, tuple(extents), created)
 
 
 def parse(data: bytes, file_bytes: int) -> Header:
@@ -148,10 +148,9 @@ def parse(data: bytes, file_bytes: int) -> Header:
     thing that is wrong; what it says of sizes is compared before it is used."""
     if len(data) < _FIXED.size:
         raise BlockFileError(f"{file_bytes} bytes are fewer than a header")
-    (
-        *(magic, major, _minor, header_bytes, length, codec, _reserved),
-        *(num_extents, key, parent, space, num_tokens, index, rank, world, created),
-    ) = _FIXED.unpack_from(data)
+    fields = _FIXED.unpack_from(data)
+    magic, major, _, header_bytes, length, codec, _, num_extents = fields[:8]
+    key, parent, space, num_tokens, number, rank, world, created = fields[8:]
     if magic != MAGIC:
         raise BlockFileError("not a block file")
     if major != MAJOR:
@@ -172,14 +171,16 @@ def parse(data: bytes, file_bytes: int) -> Header:
         raise BlockFileError(f"{file_bytes} bytes long, written with {length}")
     extents, end = [], header_bytes
     for at in range(_FIXED.size, _FIXED.size + num_extents * _EXTENT.size, _EXTENT.size):
-        layer, kind, dtype, a, b, c, d, offset, stored, raw, checksum = _EXTENT.unpack_from(data, at)
+        layer, kind, dtype, a, b, c, d, offset, stored, raw, checksum = _EXTENT.unpack_from(
+            data, at
+        )
         if offset != end or stored != raw or stored == 0 or stored % ALIGNMENT_BYTES:
             raise BlockFileError(f"extent of layer {layer}: {stored} bytes at {offset}, not {end}")
         end += stored
         extents.append(Extent(layer, dtype, (a, b, c, d), offset, stored, checksum, kind))
     if end + _FOOTER.size != file_bytes:
         raise BlockFileError(f"extents end at {end} of {file_bytes} bytes")
-    return Header(key, parent, space, num_tokens, index, tuple(extents), created, rank, world)
+    return Header(key, parent, space, num_tokens, number, tuple(extents), created, rank, world)
 
 
 def check_footer(data: bytes, header: bytes, file_bytes: int) -> None:
@@ -236,6 +237,23 @@ def exists(root_fd: int, path: str) -> bool:
     return True
 
 
+def space_of(path: str | os.PathLike[str]) -> bytes | None:
+    """The namespace that a file claims to be of; None where it is no block file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        head = os.pread(fd, _FIXED.size, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    if len(head) < _FIXED.size or not head.startswith(MAGIC):
+        return None
+    return _FIXED.unpack(head)[10]
+
+
 def open_block(root_fd: int, root: str, space: bytes, key: bytes) -> OpenBlock:
     """Open the block of that key and verify header and footer.
 
@@ -244,7 +262,9 @@ def open_block(root_fd: int, root: str, space: bytes, key: bytes) -> OpenBlock:
     """
     path = relative_path(space, key)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root_fd)
+        fd = os.open(
+            path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root_fd
+        )
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BlockFileError(f"{path}: a symbolic link") from None
@@ -285,16 +305,18 @@ def _checked(fd: int) -> Header:
 class NewBlock:
     """A block file in the making: written, without a name yet.
 
-        with NewBlock(root_fd, header, payloads) as new:
-            is_new = new.publish()
+    with NewBlock(root_fd, header, payloads) as new:
+        is_new = new.publish()
     """
 
-    def __init__(self, root_fd: int, header: Header, payloads: Sequence[bytes | memoryview]) -> None:
+    def __init__(
+        self, root_fd: int, header: Header, payloads: Sequence[bytes | memoryview]
+    ) -> None:
         """Writes all of it. Raises OSError, and leaves nothing."""
         self._root_fd = root_fd
-        self._path = relative_path(header.space, header.key)
+        self.path = relative_path(header.space, header.key)
         self._temporary: str | None = None
-        folder = os.path.dirname(self._path)
+        folder = os.path.dirname(self.path)
         _make_folders(root_fd, folder)
         self._fd = self._open(folder)
         try:
@@ -328,13 +350,13 @@ class NewBlock:
         try:
             if self._temporary is None:
                 source = f"/proc/self/fd/{self._fd}"
-                os.link(source, self._path, dst_dir_fd=self._root_fd, follow_symlinks=True)
-            elif exists(self._root_fd, self._path):
+                os.link(source, self.path, dst_dir_fd=self._root_fd, follow_symlinks=True)
+            elif exists(self._root_fd, self.path):
                 return False
             else:  # a link would give it two names for a moment; whom it replaces holds the same
                 os.rename(
                     self._temporary,
-                    self._path,
+                    self.path,
                     src_dir_fd=self._root_fd,
                     dst_dir_fd=self._root_fd,
                 )

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from hf_tiered_cache.store.policies.base import EvictionPolicy
 
-
 # A policy lets a block pass as often as it was read, and counts to a few; then it is the next one's
 # turn. A policy that names the same one for ever would not end.
 READINGS_TO_PASS = 8
@@ -41,7 +40,7 @@ class Index:
     def put(self, key: bytes, num_bytes: int, parent: bytes, space: bytes = b"") -> None:
         """A block came. One that is there already was asked for once more."""
         if key in self.entries:
-            self.policy.on_hit(key)
+            self.hit(key)
             return
         self.entries[key] = Entry(num_bytes, parent, space)
         self._children.setdefault(parent, {})[key] = None
@@ -51,7 +50,14 @@ class Index:
     def hit(self, key: bytes) -> None:
         """A block was read; nothing happens if it is gone."""
         if key in self.entries:
+            self.entries[key] = self.entries.pop(key)  # the most recent is the last
             self.policy.on_hit(key)
+
+    def upwards(self, key: bytes) -> Iterator[bytes]:
+        """A block that is there, its parent, and so on."""
+        while (entry := self.entries.get(key)) is not None:
+            yield key
+            key = entry.parent
 
     def remove(self, key: bytes) -> None:
         """A block is gone; nothing happens if it was not there."""
@@ -111,13 +117,3 @@ class Index:
                 continue
             todo += children if kept else [next(iter(children))]
         return None
-
-    def leaf_first(self) -> Iterator[bytes]:
-        """All keys, children before their parents."""
-        roots = [key for key, entry in self.entries.items() if entry.parent not in self.entries]
-        order: list[bytes] = []
-        while roots:
-            key = roots.pop()
-            order.append(key)
-            roots += self._children.get(key, ())
-        return reversed(order)

@@ -13,6 +13,7 @@ import hashlib
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hf_tiered_cache.errors import UnsupportedInputError
 
@@ -21,9 +22,8 @@ FORMAT = "HTC1"
 _ROOT, _BLOCK = b"HTC1-root", b"HTC1-blk"
 MAX_TOKEN_ID = 2**32 - 1
 
-Value = (
-    None | bool | int | float | str | bytes | Sequence["Value"] | Mapping[str, "Value"]  # type: ignore[operator]
-)
+# None, bool, int, float, str, bytes, and sequences and mappings (by str) of such.
+Value = Any
 
 
 def namespace(identity: Mapping[str, Value]) -> bytes:

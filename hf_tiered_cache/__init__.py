@@ -33,18 +33,21 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read; a test compares
     from hf_tiered_cache.kernels.ops import available_kernels
     from hf_tiered_cache.observe.metrics import CacheStats
     from hf_tiered_cache.observe.tracing import Trace, trace
+    from hf_tiered_cache.store.block_store import BlockStore, StoreStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackwardError",
     "BlockStateError",
+    "BlockStore",
     "CacheInUseError",
     "CacheStats",
     "ClosedCacheError",
     "ConfigError",
     "KernelUnavailableError",
     "OutOfBlocksError",
+    "StoreStats",
     "TierIOError",
     "TieredCache",
     "TieredCacheConfig",
@@ -62,6 +65,8 @@ __all__ = [
 
 # Where a public name that is not here yet is loaded from.
 _ROOMS = {
+    "BlockStore": "store.block_store",
+    "StoreStats": "store.block_store",
     "CacheStats": "observe.metrics",
     "TieredCache": "integration.cache",
     "TieredCacheConfig": "config",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
@@ -138,6 +138,10 @@ class BlockStore:
         capacity = parse_bytes("capacity_bytes", capacity_bytes)
         policy = EvictionPolicy.by_name(eviction)
         self.root = Path(root).expanduser()
+        self._knobs = {
+            **{"capacity_bytes": capacity_bytes, "eviction": eviction, "ingest": ingest},
+            **{"durability": durability, "salt": salt},
+        }
         self.ingest = ingest
         self.salt = salt.encode() if isinstance(salt, str) else salt
         self._durability = durability
@@ -197,7 +201,11 @@ class BlockStore:
             if self._journal.is_current() or self._reopen():
                 self._journal.append([Record(Event.HIT, key)])
 
-    def quarantine(self, space: bytes, key: bytes, why: Exception) -> None:
+    def put_away(self, block: OpenBlock, why: str) -> None:
+        """`quarantine` of a block that is open. From any thread."""
+        self.quarantine(block.header.space, block.key, why)
+
+    def quarantine(self, space: bytes, key: bytes, why: object) -> None:
         """Put a file away that is not what its name says, for people to look at; it is a miss from
         now on."""
         self.counters["quarantined"] += 1
@@ -337,6 +345,11 @@ class BlockStore:
             self.counters["dropped"] += 1
         return is_queued
 
+    def bypass(self, reason: str) -> None:
+        """Count, and tell once, that something went past the store."""
+        self.counters["bypassed"] += 1
+        logger.warning_once(f"the store is bypassed where {reason}")
+
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything that was published is written; False where that took too long."""
         return self.publisher.flush(timeout_seconds)
@@ -472,6 +485,9 @@ class BlockStore:
                 if fd >= 0:
                     os.close(fd)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopened, (str(self.root), self._knobs)
+
     def __enter__(self) -> "BlockStore":
         return self
 
@@ -558,6 +574,10 @@ class BlockStore:
                 space = known if known is not None and known.hex()[:16] == folder.name else space
                 if space is not None:
                     yield space, key, status
+
+
+def _reopened(root: str, knobs: dict[str, Any]) -> BlockStore:
+    return BlockStore(root, **knobs)
 
 
 def _batches(chain: Sequence[TokenBlock]) -> Iterator[list[TokenBlock]]:

@@ -193,12 +193,12 @@ class OpenBlock:
     """A block file that was found good up to its extents, held open: whoever evicts it meanwhile
     takes the name and not the bytes. Extents are verified when they are read."""
 
-    __slots__ = ("__weakref__", "directory", "fd", "header")
+    __slots__ = ("__weakref__", "fd", "header", "path")
 
-    def __init__(self, fd: int, header: Header, directory: str) -> None:
+    def __init__(self, fd: int, header: Header, path: str) -> None:
         self.fd = fd
         self.header = header
-        self.directory = directory  # for messages: the path
+        self.path = path
 
     @property
     def key(self) -> bytes:
@@ -209,7 +209,7 @@ class OpenBlock:
         """The bytes of an extent. Raises BlockFileError if they are not what was stored."""
         data = os.pread(self.fd, extent.num_bytes, extent.offset)
         if xxhash.xxh3_128_digest(data) != extent.checksum:
-            raise BlockFileError(f"{self.directory}: the bytes of layer {extent.layer} differ")
+            raise BlockFileError(f"{self.path}: the bytes of layer {extent.layer} differ")
         return data
 
     def close(self) -> None:

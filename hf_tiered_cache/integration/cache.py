@@ -3,6 +3,7 @@
 The words and signatures of transformers end here, in `cache_layers.py` and in `attention.py`.
 """
 
+import contextlib
 import copy
 import operator
 import os
@@ -238,10 +239,37 @@ class TieredCache(DynamicCache):
     def before_forward(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[], None] | None:
-        """A forward of `model` begins; what is to be done when it went through."""
-        if self._stored is None:
+        """A forward of `model` begins; what is to be done when it went through.
+
+        Assisted decoding of transformers (5.17 to 5.23, with any cache) gives the whole sequence
+        once more to a model whose cache holds its beginning: that is cut off here. Raises
+        UnsupportedInputError where it cannot be.
+        """
+        stored = self._stored
+        if stored is None:
             return None
-        return self._stored.told(model, args, kwargs, self.get_seq_length()).note
+        held = self.get_seq_length()
+        stored.cut_what_is_held(kwargs, held)
+        if stored.is_publishing and held:
+            self.publish()  # what was held when the next forward begins will stay
+        return stored.told(model, args, kwargs, held).note
+
+    @property
+    def restored_tokens(self) -> int:
+        """Of the tokens held, those that came from the store."""
+        return 0 if self._stored is None else self._stored.restored_tokens
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """While the `with` block runs, full blocks are published when the next forward begins, and
+        the last ones behind it, unless it raises."""
+        stored = self._stored_prefix()
+        stored.is_publishing = True
+        try:
+            yield
+            self.publish()
+        finally:
+            stored.is_publishing = False
 
     def _stored_prefix(self) -> StoredPrefix:
         self._check_open()

@@ -35,6 +35,7 @@ class StoredPrefix:
         self.record = TokenRecord()
         self.space: bytes | None = None  # of the model whose tokens are held
         self.restored_tokens = 0
+        self.is_publishing = False  # as forwards go on
         self._num_published = 0  # columns that need not be looked at again
 
     def copy(self) -> "StoredPrefix":
@@ -60,6 +61,25 @@ class StoredPrefix:
         """Row `i` is what row `rows[i]` was."""
         self.record.select(torch.tensor(rows))
         self._num_published = 0
+
+    def cut_what_is_held(self, kwargs: dict[str, Any], held: int) -> None:
+        """Where a forward is given the whole sequence, as its positions tell, and `held` tokens of
+        it are in the cache: give it only the rest. Raises UnsupportedInputError where the ids are
+        others, or logits of what is held are asked for."""
+        ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+        if not held or not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
+            return
+        num_new = ids.shape[1] - held
+        if num_new <= 0 or int(positions.reshape(-1)[0]) != 0:
+            return
+        known, keep = self.record.ids, kwargs.get("logits_to_keep", 0)
+        is_known = known is not None and torch.equal(ids[:, :held].cpu(), known)
+        if not (is_known and isinstance(keep, int) and 0 < keep <= num_new):
+            raise UnsupportedInputError(
+                f"a sequence of {ids.shape[1]} tokens with positions from 0 came to a cache that"
+                f" holds {held} already: give the model only the tokens behind those"
+            )
+        kwargs["input_ids"], kwargs["position_ids"] = ids[:, held:], positions[..., held:]
 
     def told(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: int

@@ -66,11 +66,10 @@ class TokenRecord:
         if not reason and held != self.num_tokens:
             reason = "tokens came otherwise than by a forward of a model"
         if not reason:
-            try:
-                given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-            except TypeError as error:
-                given, reason = {}, str(error)
-            given = {**given, **given.pop("kwargs", {})}
+            given = kwargs
+            if args:
+                named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+                given = {**named, **named.pop("kwargs", {})}
             ids = given.get("input_ids")
             reason = reason or not_plain(given, held)
         if reason or ids is None:

@@ -37,6 +37,7 @@ from hf_tiered_cache.store.publisher import Publisher
 logger = logging.get_logger(__name__)
 
 INGEST_MODES = ("all", "hot")
+LOAD_FAILURE_MODES = ("recompute", "raise")
 DURABILITY_MODES = ("none", "always")
 AUTO_SHARE = 0.8  # of what is free on the disk
 HOT_KEYS = 64_000  # keys that "hot" remembers
@@ -114,6 +115,8 @@ class BlockStore:
         ingest: "all" that is published, or "hot": what is published for the second time.
         durability: "none": a power failure may lose blocks; "always": files are synced before they
             count.
+        on_load_failure: of a restored block that turns out to be damaged, under `reuse`:
+            "recompute" what is missing, or "raise" the TierIOError.
         salt: blocks are found under the salt only with which they were put (a tenant's secret).
 
     Raises ConfigError for an impossible value, or a folder that cannot be used.
@@ -127,6 +130,7 @@ class BlockStore:
         eviction: str = "lru",
         ingest: str = "all",
         durability: str = "none",
+        on_load_failure: str = "recompute",
         salt: str | bytes = b"",
     ) -> None:
         if ingest not in INGEST_MODES:
@@ -135,14 +139,20 @@ class BlockStore:
             raise ConfigError(
                 f"durability={durability!r}: expected one of {', '.join(DURABILITY_MODES)}"
             )
+        if on_load_failure not in LOAD_FAILURE_MODES:
+            raise ConfigError(
+                f"on_load_failure={on_load_failure!r}: expected one of"
+                f" {', '.join(LOAD_FAILURE_MODES)}"
+            )
         capacity = parse_bytes("capacity_bytes", capacity_bytes)
         policy = EvictionPolicy.by_name(eviction)
         self.root = Path(root).expanduser()
         self._knobs = {
             **{"capacity_bytes": capacity_bytes, "eviction": eviction, "ingest": ingest},
-            **{"durability": durability, "salt": salt},
+            **{"durability": durability, "on_load_failure": on_load_failure, "salt": salt},
         }
         self.ingest = ingest
+        self.on_load_failure = on_load_failure
         self.salt = salt.encode() if isinstance(salt, str) else salt
         self._durability = durability
         self._root_fd = _open_root(self.root)
@@ -349,6 +359,11 @@ class BlockStore:
         """Count, and tell once, that something went past the store."""
         self.counters["bypassed"] += 1
         logger.warning_once(f"the store is bypassed where {reason}")
+
+    def note_recompute(self, error: Exception) -> None:
+        """Blocks that were found could not be read; what they held is computed anew."""
+        self.counters["recomputed"] += 1
+        logger.warning_once(f"blocks of the store could not be read and are computed anew: {error}")
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything that was published is written; False where that took too long."""

@@ -12,8 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_tiered_cache
-from hf_tiered_cache import attention, mask_reading
 from hf_tiered_cache.errors import TierIOError
+from hf_tiered_cache.integration import attention
+from hf_tiered_cache.integration import masks as mask_reading
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 TOKENS = 37

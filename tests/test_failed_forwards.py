@@ -25,7 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_tiered_cache import TieredCache, TierIOError, disable, enable, forwards, manager_pool
+from hf_tiered_cache import TieredCache, TierIOError, disable, enable
+from hf_tiered_cache.blocks import assembly as manager_pool
+from hf_tiered_cache.integration import forwards
 from hf_tiered_cache.tiers.disk import DiskTier
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,11 +10,12 @@ from test_generate_parity import SMALLEST, run, tiny_model
 from test_late_device import RING, SIZES, Late
 
 import hf_tiered_cache
-from hf_tiered_cache import manager_pool, tracing
+from hf_tiered_cache.blocks import assembly as manager_pool
 from hf_tiered_cache.errors import ConfigError, TierIOError
-from hf_tiered_cache.tiers.block_file import BlockFile
+from hf_tiered_cache.observe import tracing
 from hf_tiered_cache.tiers.disk import DiskTier
-from hf_tiered_cache.tiers.movers import moving_core
+from hf_tiered_cache.tiers.disk.block_file import BlockFile
+from hf_tiered_cache.tiers.disk.movers import moving_core
 
 READ_SECONDS = 0.02
 SOON = 0.015  # what a busy machine may add

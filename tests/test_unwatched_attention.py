@@ -10,7 +10,8 @@ from support import new_tokens
 from test_generate_parity import check_integrity
 from tiers.faulty_file import FaultyFile, fails_with
 
-from hf_tiered_cache import TierIOError, manager_pool, tiered_attention_forward
+from hf_tiered_cache import TierIOError, tiered_attention_forward
+from hf_tiered_cache.blocks import assembly as manager_pool
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.tiers.disk import DiskTier
 

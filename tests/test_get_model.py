@@ -6,8 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import get_model
 import pytest
+
+import get_model
 
 SCRIPT = Path(get_model.__file__)
 

@@ -59,7 +59,8 @@ class TieredCacheConfig:
     cpu_share: float | str = AUTO
     # Tiers of your own between host memory and disk, by name or "module:Class", with their bytes.
     extra_tiers: Mapping[str, int | str] | None = None
-    # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
+    # Which blocks leave a rung first: the name of a demotion policy ("by_age"; for drafts
+    # "sinks_and_recent"), or "module:Class".
     demotion: str = "by_age"
     # What attention reads: "all", or the name of another selection policy, which is approximate
     # ("resident_only": what is on the device), or "module:Class".

@@ -53,6 +53,7 @@ FLOORS = {
     "untiered": 12,
     "cache": 13,
     "evaluation": 14,
+    "serving": 14,
     "commands": 15,
     "__main__": 16,
     "__init__": 99,
@@ -60,7 +61,7 @@ FLOORS = {
 ROOF = FLOORS["__init__"]
 HUGGING_FACE_ROOMS = {
     *("cache", "cache_layers", "savepoint", "attention", "forwards", "untiered"),
-    *("compat", "evaluation"),
+    *("compat", "evaluation", "serving"),
 }
 BUILT = {"_C", "_cuda"}  # compiled, not a room
 

@@ -92,7 +92,7 @@ py::list checksums(const Move& move) {
   return list;
 }
 
-// Called through hf_tiered_cache/tiers/movers.py. The threads never need the interpreter lock.
+// Called through hf_tiered_cache/tiers/disk/movers.py. The threads never need the interpreter lock.
 void bind_block_io(py::module_& m) {
   m.attr("END_OF_FILE") = hf_tiered_cache::kEndOfFile;
   m.attr("CANCELLED") = hf_tiered_cache::kCancelled;

@@ -29,14 +29,14 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_tiered_cache import TieredCache, cpu_lane, tiered_attention_forward
-from hf_tiered_cache.cpu_lane import CpuLane
-from hf_tiered_cache.devices import CpuDevice, Device
+from hf_tiered_cache import TieredCache, tiered_attention_forward
+from hf_tiered_cache.devices import CpuDevice, Device, in_place
+from hf_tiered_cache.devices.cuda_lane import CudaFlags, CudaLane
+from hf_tiered_cache.devices.in_place import InPlaceAttention
 from hf_tiered_cache.kernels import loader, ops
 from hf_tiered_cache.kernels.cores import CudaCore
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import DeviceTier
-from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
 
 import benchmarking
 
@@ -52,8 +52,8 @@ STUB = torch.device("cpu", 0)  # has an index, as a GPU has
 
 @dataclass(frozen=True)
 class Case:
-    """Blocks of a layer, the share of them off the device and the CPU lane's part of those; `bar`:
-    thread CPU milliseconds for a token."""
+    """Blocks of a layer, the share of them off the device and the part of those attended in place;
+    `bar`: thread CPU milliseconds for a token."""
 
     name: str
     columns: int
@@ -137,7 +137,7 @@ class StubCore:
 
 
 class StubWorker:
-    """The CPU lane's thread, which is always done."""
+    """The thread that attends in place, which is always done."""
 
     def submit(self, *arguments: object, **keywords: object) -> SimpleNamespace:
         return SimpleNamespace(is_done=True, was_cancelled=False, error="", seconds=0.0)
@@ -200,7 +200,7 @@ class StubGpu:
                 super().__init__(torch_device)
                 self.copy_lane = Lane(STUB, core)  # type: ignore[arg-type]
                 self.copy_lane._loads.is_load = True  # type: ignore[attr-defined]
-                self.cpu_lane = CpuLane(StubFlags(STUB, core))  # type: ignore[arg-type]
+                self.in_place = InPlaceAttention(StubFlags(STUB, core))  # type: ignore[arg-type]
 
             def group_columns(self, layout: BlockLayout) -> int:
                 return GROUP_COLUMNS
@@ -213,12 +213,12 @@ class StubGpu:
                 (torch.cuda, "Stream", StubStream),
                 (torch.cuda, "Event", StubEvent),
                 (torch.cuda, "current_stream", lambda _=None: stream),
-                (cpu_lane, "AttentionWorker", StubWorker),
+                (in_place, "AttentionWorker", StubWorker),
                 (DeviceTier, "__init__", noted),
             ):
                 stack.enter_context(patch.object(target, name, stub))
             stack.enter_context(patch.dict(Device.registry, {"cpu": StubDevice}))
-            stack.enter_context(patch("hf_tiered_cache.stream.LANE_READ_BYTES", READ_BYTES))
+            stack.enter_context(patch("hf_tiered_cache.blocks.staging.LANE_READ_BYTES", READ_BYTES))
             stack.enter_context(ops.use_kernel(kernel))
             yield
 

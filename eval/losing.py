@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from hf_tiered_cache.block_reader import Reading
+from hf_tiered_cache.blocks.block_reader import Reading
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from hf_tiered_cache import TieredCache, TieredCacheError, generation_progress
 from hf_tiered_cache.evaluation.names import ModelError
 from hf_tiered_cache.evaluation.scoring import fitting_shape
-from hf_tiered_cache.progress import Timing
+from hf_tiered_cache.integration.progress import Timing
 
 TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"
 # Standard library files the model was not trained on; the last one is in every installation.

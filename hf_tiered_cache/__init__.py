@@ -23,16 +23,16 @@ from hf_tiered_cache.errors import (
     TornCacheError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.registration import follow_models
+from hf_tiered_cache.integration.registration import follow_models
 
 if typing.TYPE_CHECKING:  # what editors and type checkers read; a test compares it with _ROOMS
-    from hf_tiered_cache.attention import disable, enable, tiered_attention_forward
-    from hf_tiered_cache.cache import TieredCache
     from hf_tiered_cache.config import TieredCacheConfig
+    from hf_tiered_cache.integration.attention import disable, enable, tiered_attention_forward
+    from hf_tiered_cache.integration.cache import TieredCache
+    from hf_tiered_cache.integration.progress import generation_progress
     from hf_tiered_cache.kernels.ops import available_kernels
-    from hf_tiered_cache.metrics import CacheStats
-    from hf_tiered_cache.progress import generation_progress
-    from hf_tiered_cache.tracing import Trace, trace
+    from hf_tiered_cache.observe.metrics import CacheStats
+    from hf_tiered_cache.observe.tracing import Trace, trace
 
 __version__ = "0.1.0"
 
@@ -62,16 +62,16 @@ __all__ = [
 
 # Where a public name that is not here yet is loaded from.
 _ROOMS = {
-    "CacheStats": "metrics",
-    "TieredCache": "cache",
+    "CacheStats": "observe.metrics",
+    "TieredCache": "integration.cache",
     "TieredCacheConfig": "config",
-    "Trace": "tracing",
+    "Trace": "observe.tracing",
     "available_kernels": "kernels.ops",
-    "disable": "attention",
-    "enable": "attention",
-    "generation_progress": "progress",
-    "tiered_attention_forward": "attention",
-    "trace": "tracing",
+    "disable": "integration.attention",
+    "enable": "integration.attention",
+    "generation_progress": "integration.progress",
+    "tiered_attention_forward": "integration.attention",
+    "trace": "observe.tracing",
 }
 
 

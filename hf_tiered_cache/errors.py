@@ -65,3 +65,15 @@ class TornBooksError(TieredCacheError):
 
 class BlockStateError(TieredCacheError, AssertionError):
     """An internal law of the block tables is broken: a bug of this package, please report it."""
+
+
+def io_error(code: int | None, message: str) -> TierIOError:
+    """A TierIOError with its `errno` set; printed as `[Errno 5] message`.
+
+    Both are set by hand, because RuntimeError comes before OSError among the bases of TierIOError
+    and does not know them.
+    """
+    error = TierIOError(message)
+    error.errno = code
+    error.strerror = message
+    return error

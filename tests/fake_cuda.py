@@ -12,13 +12,13 @@ import emulated
 import torch
 from tiers.late_lane import RefusingPinning
 
-from hf_tiered_cache.cpu_lane import CpuLane
 from hf_tiered_cache.devices import CpuDevice, Device
+from hf_tiered_cache.devices.cuda_lane import CudaFlags, CudaLane
+from hf_tiered_cache.devices.in_place import InPlaceAttention
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.kernels.loader import default_kernel
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import DeviceTier
-from hf_tiered_cache.tiers.cuda_lane import CudaFlags, CudaLane
 
 GPU = torch.device("cpu", 0)  # has an index, as a GPU has
 
@@ -104,7 +104,7 @@ class FakeGpu:
 
             def __init__(self, torch_device: torch.device) -> None:
                 super().__init__(torch_device)
-                self.copy_lane, self.cpu_lane = gpu.make_lane(), gpu.make_cpu_lane()
+                self.copy_lane, self.in_place = gpu.make_lane(), gpu.make_cpu_lane()
 
             def group_columns(self, layout: BlockLayout) -> int:
                 return gpu.group_columns(layout)
@@ -116,12 +116,12 @@ class FakeGpu:
         self.lanes[-1].slabs = self.slabs
         return self.lanes[-1]
 
-    def make_cpu_lane(self) -> CpuLane | None:
+    def make_cpu_lane(self) -> InPlaceAttention | None:
         if self.module is None:
             return None
         self.flags.append(CudaFlags(GPU, self.module))
         with ops.use_kernel(default_kernel()):  # on a GPU's machine the CPU's own is chosen for it
-            return CpuLane(self.flags[-1])
+            return InPlaceAttention(self.flags[-1])
 
     def note_slab(self, init):
         def noted(tier, *args, **knobs):

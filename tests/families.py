@@ -26,9 +26,9 @@ from transformers.cache_utils import DynamicLayer
 
 import hf_tiered_cache
 from hf_tiered_cache import TieredCache
+from hf_tiered_cache.integration.paged_states import Snapshot
 from hf_tiered_cache.kernels import ops, reference
 from hf_tiered_cache.kernels.cores import CpuCore
-from hf_tiered_cache.paged_states import Snapshot
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "model_families.md"
 VOCABULARY, PROMPT, NEW, PADS, PERIOD = 97, 41, 8, 11, 10

@@ -15,13 +15,14 @@ import torch
 from tiers.faulty_file import FaultyFile
 from torch import Tensor
 
-from hf_tiered_cache.block_manager import BlockTable
-from hf_tiered_cache.block_reader import Chunk
-from hf_tiered_cache.demotion import DemotionPolicy
-from hf_tiered_cache.lane_split import LaneSplit
+from hf_tiered_cache.blocks.block_manager import BlockTable
+from hf_tiered_cache.blocks.block_reader import Chunk
+from hf_tiered_cache.blocks.demotion import DemotionPolicy
+from hf_tiered_cache.blocks.offload_manager import OffloadManager
+from hf_tiered_cache.devices.share import InPlaceShare
 from hf_tiered_cache.layout import BlockLayout
-from hf_tiered_cache.offload_manager import OffloadManager
-from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Transfer
+from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier
+from hf_tiered_cache.transfers import Transfer
 
 BLOCK_TOKENS = 4
 LAYOUT = BlockLayout(
@@ -100,7 +101,7 @@ def make_manager(
         tiers,
         staging,
         expected_tables,
-        split=LaneSplit(cpu_share),
+        split=InPlaceShare(cpu_share),
         group_columns=group_columns,
         demotion=demotion,
     )

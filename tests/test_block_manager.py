@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BLOCK_TOKENS, LAYOUT
 
-from hf_tiered_cache.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.blocks.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
 from hf_tiered_cache.errors import BlockStateError
 
 DISK = 1

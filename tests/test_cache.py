@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LogitsProcessorList
 
 import hf_tiered_cache
 from hf_tiered_cache import TieredCache, TieredCacheConfig
-from hf_tiered_cache.demotion import DemotionPolicy
+from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.errors import (
     BackwardError,
     ClosedCacheError,

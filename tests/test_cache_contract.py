@@ -20,7 +20,7 @@ from transformers import DynamicCache, EncoderDecoderCache, Gemma2Config, LlamaC
 
 from hf_tiered_cache import TieredCache
 from hf_tiered_cache.errors import ConfigError, UnsupportedInputError
-from hf_tiered_cache.paged_states import PagedStates
+from hf_tiered_cache.integration.paged_states import PagedStates
 
 
 def dense(states: torch.Tensor | None) -> torch.Tensor | None:

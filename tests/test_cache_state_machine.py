@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from hf_tiered_cache import TieredCache
 from hf_tiered_cache.errors import OutOfBlocksError
-from hf_tiered_cache.paged_states import PagedStates
+from hf_tiered_cache.integration.paged_states import PagedStates
 
 BLOCK = 4096  # bytes of every block here, whatever its shape
 MAX_BATCH = 6

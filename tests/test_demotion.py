@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from support import Shadowed, make_manager
 from test_block_manager import BOTTOM, DISK, HOST, LAYOUT, filled, filled_chain
 
-from hf_tiered_cache.block_manager import DEVICE, KVBlock, KVBlockManager
-from hf_tiered_cache.demotion import ByAge, DemotionPolicy
+from hf_tiered_cache.blocks.block_manager import DEVICE, KVBlock, KVBlockManager
+from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy
 from hf_tiered_cache.errors import BlockStateError
 
 BY_AGE = ByAge()

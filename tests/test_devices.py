@@ -27,7 +27,7 @@ def test_another_device_is_refused_with_what_to_do(make_cache):
 def test_the_cpu_needs_nothing_to_reach_the_hosts_memory():
     device = CpuDevice(torch.device("cpu"))
     assert device.free_bytes() > 0
-    assert device.copy_lane is device.cpu_lane is device.pinning is None
+    assert device.copy_lane is device.in_place is device.pinning is None
     device.close()
 
 

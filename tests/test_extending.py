@@ -9,7 +9,7 @@ from test_generate_parity import check_integrity, prompt, run, tiny_model
 from transformers import DynamicCache
 
 from hf_tiered_cache import TieredCache
-from hf_tiered_cache.demotion import DemotionPolicy
+from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.devices import Device
 from hf_tiered_cache.tiers import Budget, Tier
 

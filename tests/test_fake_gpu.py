@@ -9,11 +9,10 @@ from test_generate_parity import SMALLEST, check_integrity, run, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
-from hf_tiered_cache.devices import CudaDevice
+from hf_tiered_cache.devices import CudaDevice, cuda_lane
+from hf_tiered_cache.devices.cuda_clock import CudaClock
 from hf_tiered_cache.kernels import flash, ops
 from hf_tiered_cache.kernels.loader import default_kernel
-from hf_tiered_cache.tiers import cuda_lane
-from hf_tiered_cache.tiers.cuda_clock import CudaClock
 
 BLOCK = 4096
 RING = 2 * BLOCK
@@ -143,13 +142,13 @@ def refusing(*_: object) -> None:
 def test_a_device_that_refuses_flags_has_no_cpu_lane_and_says_so_once(
     told_by, monkeypatch, broken, said
 ):
-    told, device = told_by("devices"), SimpleNamespace(torch_device=torch.device("cuda", 0))
+    told, device = told_by("devices.cuda"), SimpleNamespace(torch_device=torch.device("cuda", 0))
     with fake_gpu() as gpu:
         for name, function in broken.items():
             monkeypatch.setattr(gpu.module.module, name, function)
         monkeypatch.setattr(cuda_lane, "TRY_SECONDS", 0.01)
         with ops.use_kernel(default_kernel()):
-            lane = CudaDevice._cpu_lane(device, gpu.module)
+            lane = CudaDevice._in_place(device, gpu.module)
     assert (lane is None) == bool(said)
     assert len(told) == bool(said)
     assert not said or said in told[0]

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,59 +16,32 @@ PACKAGE = "hf_tiered_cache"
 ROOT = Path(hf_tiered_cache.__file__).parent
 FLOORS = {
     "errors": 0,
-    "compat": 1,
     "compiled": 1,
-    "trace_export": 1,
-    "forwards": 1,
-    "forward_guard": 2,
-    "sizes": 1,
+    "finalizers": 1,
     "layout": 1,
-    "lane_split": 1,
-    "config": 2,
-    "progress": 2,
-    "tracing": 2,
-    "metrics": 3,
-    "kernels": 4,
-    "tiers": 4,
-    "block_manager": 5,
-    "cpu_lane": 5,
-    "stream": 6,
-    "devices": 6,
     "registry": 1,
-    "demotion": 6,
-    "capacity": 7,
-    "pins": 6,
-    "reading_plan": 6,
-    "block_reader": 7,
-    "read_only": 1,
-    "stores": 8,
-    "offload_manager": 9,
-    "manager_pool": 10,
-    "paged_states": 10,
-    "mask_reading": 10,
-    "dense_attention": 10,
-    "attention": 11,
-    "registration": 12,
-    "cache_layers": 11,
-    "savepoint": 12,
-    "untiered": 12,
-    "cache": 13,
-    "evaluation": 14,
-    "serving": 14,
-    "commands": 15,
-    "__main__": 16,
+    "sizes": 1,
+    "transfers": 1,
+    "config": 2,
+    "observe": 2,
+    "kernels": 3,
+    "devices": 4,
+    "tiers": 5,
+    "blocks": 6,
+    "integration": 7,
+    "evaluation": 8,
+    "serving": 8,
+    "commands": 9,
+    "__main__": 10,
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]
-HUGGING_FACE_ROOMS = {
-    *("cache", "cache_layers", "savepoint", "attention", "forwards", "untiered"),
-    *("compat", "evaluation", "serving"),
-}
+HUGGING_FACE_ROOMS = {"integration", "evaluation", "serving"}
 BUILT = {"_C", "_cuda"}  # compiled, not a room
 
 
 def room_of(module: str) -> str:
-    """The room of a module's dotted name: hf_tiered_cache.tiers.disk -> tiers."""
+    """The room of a module's dotted name: hf_tiered_cache.tiers.disk.tier -> tiers."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -143,30 +117,69 @@ def test_every_room_has_a_floor_and_every_floor_a_room():
     assert rooms == set(FLOORS)
 
 
+def circles(root: Path) -> list[str]:
+    """Modules of the tree under `root` that import one another, in a ring."""
+    names = {
+        ".".join((PACKAGE, *path.relative_to(root).with_suffix("").parts)): path
+        for path in root.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph = {
+        name: {module for module in reached_by(path) if module in names and module != name}
+        for name, path in names.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def reached_by(path: Path) -> set[str]:
+    """What a file imports, and what it imports from there, which may be a module as well."""
+    reached = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        reached.update(imported_modules(node))
+        if isinstance(node, ast.ImportFrom):
+            reached.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return reached
+
+
+def test_no_modules_import_one_another_in_a_ring():
+    assert circles(ROOT) == []
+
+
+def test_a_ring_is_found(tmp_path):
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "pins.py").write_text("from hf_tiered_cache.blocks import stores\n")
+    (tmp_path / "blocks" / "stores.py").write_text("import hf_tiered_cache.blocks.capacity\n")
+    (tmp_path / "blocks" / "capacity.py").write_text("from hf_tiered_cache.layout import x\n")
+    assert circles(tmp_path) == []
+    line = "from hf_tiered_cache.blocks.pins import Pins\n"
+    (tmp_path / "blocks" / "capacity.py").write_text(line)
+    assert len(circles(tmp_path)) == 4
+
+
 @pytest.mark.parametrize(
     ("room", "line", "breach"),
     [
-        ("layout", "from hf_tiered_cache.cache import TieredCache", "layout .* imports cache"),
-        ("stream", "import hf_tiered_cache.offload_manager", "stream .* imports offload_manager"),
-        ("tiers/disk", "from hf_tiered_cache.kernels import ops", "tiers .* imports kernels"),
+        ("layout", "from hf_tiered_cache.blocks import pins", "layout .* imports blocks"),
+        ("devices/cuda", "import hf_tiered_cache.tiers.host", "devices .* imports tiers"),
+        ("tiers/disk/tier", "from hf_tiered_cache.blocks import pins", "tiers .* imports blocks"),
         ("errors", "from hf_tiered_cache import TieredCache", "TieredCache is no room"),
-        ("cache", "from hf_tiered_cache import __init__", "cache .* imports __init__"),
-        ("cache", "from . import attention", "a relative import"),
+        ("blocks/pins", "from hf_tiered_cache import __init__", "blocks .* imports __init__"),
+        ("blocks/pins", "from . import stores", "a relative import"),
         ("tiers/disk", "from ..errors import TierIOError", "a relative import"),
-        ("stream", "import transformers", "transformers outside"),
-        (
-            "stream",
-            "from transformers.cache_utils import Cache",
-            "transformers.cache_utils outside",
-        ),
+        ("blocks/pins", "import transformers", "transformers outside"),
+        ("tiers/host", "from transformers.cache_utils import Cache", "cache_utils outside"),
         ("kernels/ops", "import pybind11", "bindings.cpp"),
-        ("cache", "if typing.TYPE_CHECKING: from x import y", "TYPE_CHECKING"),
+        ("layout", "if typing.TYPE_CHECKING: from x import y", "TYPE_CHECKING"),
         ("attic", "import os", "a room without a floor"),
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, room, line, breach):
     path = tmp_path / f"{room}.py"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(f'"""A room."""\n{line}\n')
     (found,) = breaches(tmp_path)
     assert re.search(breach, found), found
@@ -176,18 +189,21 @@ def test_a_planted_breach_is_found(tmp_path, room, line, breach):
 @pytest.mark.parametrize(
     ("room", "line"),
     [
-        ("cache", "from hf_tiered_cache import attention, errors"),
-        ("cache", "from transformers import DynamicCache"),
+        ("blocks/pins", "from hf_tiered_cache import config, errors"),
+        ("integration/cache", "from transformers import DynamicCache"),
         ("kernels/loader", "from transformers.utils import logging"),
         ("kernels/loader", "from hf_tiered_cache import _C"),
         ("tiers/disk", "from hf_tiered_cache.tiers.base import Tier"),
-        ("__init__", "from hf_tiered_cache.cache import TieredCache"),
-        ("__init__", "if typing.TYPE_CHECKING: from hf_tiered_cache.cache import TieredCache"),
+        ("__init__", "from hf_tiered_cache.integration.cache import TieredCache"),
+        (
+            "__init__",
+            "if typing.TYPE_CHECKING: from hf_tiered_cache.observe.tracing import Trace",
+        ),
     ],
 )
 def test_a_lawful_import_is_no_breach(tmp_path, room, line):
     path = tmp_path / f"{room}.py"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(f"{line}\n")
     assert breaches(tmp_path) == []
 

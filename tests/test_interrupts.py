@@ -28,8 +28,8 @@ from test_failed_forwards import Case, PlannedError, ids_of, step
 from test_generate_parity import check_integrity
 
 from hf_tiered_cache import TieredCache, TieredCacheError, TornCacheError
-from hf_tiered_cache.block_manager import Changing
-from hf_tiered_cache.tiers import movers
+from hf_tiered_cache.blocks.block_manager import Changing
+from hf_tiered_cache.tiers.disk import movers
 
 FAMILIES = ("Llama", "Gemma 3", "Qwen3-Next", "Falcon-H1", "LFM2")
 CHAINS = ("disk", "host and disk", "python's threads", "host")

@@ -11,15 +11,15 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
-from hf_tiered_cache import block_reader, manager_pool
-from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.blocks import assembly, block_reader
+from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.devices import CpuDevice, Device
-from hf_tiered_cache.errors import TierIOError
-from hf_tiered_cache.lane_split import LaneSplit
-from hf_tiered_cache.metrics import LaneCounters
-from hf_tiered_cache.stream import BlockStream
-from hf_tiered_cache.tiers import DiskTier, Transfer
-from hf_tiered_cache.tiers.base import io_error
+from hf_tiered_cache.devices.in_place import InPlaceAttention
+from hf_tiered_cache.devices.share import InPlaceShare
+from hf_tiered_cache.errors import TierIOError, io_error
+from hf_tiered_cache.observe.metrics import LaneCounters
+from hf_tiered_cache.tiers import DiskTier
+from hf_tiered_cache.transfers import Transfer
 
 BLOCK = 4096
 RING = 2 * BLOCK
@@ -34,18 +34,18 @@ class Late:
         self.lane = LateLane(self.device)
         self.pinning = RefusingPinning(pinned_ranges)
         self.flags = LateFlags(self.device)
-        self.cpu_lane = CpuLane(self.flags) if has_cpu_lane else None
+        self.in_place = InPlaceAttention(self.flags) if has_cpu_lane else None
 
     def __enter__(self) -> "Late":
         class LateCpu(CpuDevice):
-            copy_lane, pinning, cpu_lane = self.lane, self.pinning, self.cpu_lane
+            copy_lane, pinning, in_place = self.lane, self.pinning, self.in_place
 
         self._stack = ExitStack()
         self._stack.enter_context(patch.dict(Device.registry, cpu=LateCpu))
         self._stack.enter_context(self.device.computing())
         self._stack.enter_context(self.lane.serving())
-        if self.cpu_lane is not None:
-            self._stack.callback(self.cpu_lane.close)
+        if self.in_place is not None:
+            self._stack.callback(self.in_place.close)
         return self
 
     def __exit__(self, *exc) -> None:
@@ -112,7 +112,7 @@ def test_the_cpu_attends_its_share_beside_the_device(make_cache, sizes, cpu_shar
         assert (logits - reference).abs().max() < 2e-4
         stats = cache.stats()
         copy, cpu = stats.lanes
-        assert (copy.name, cpu.name) == ("copy lane", "CPU lane")
+        assert (copy.name, cpu.name) == ("copy lane", "in-place attention")
         assert copy.share + cpu.share == 1
         if sizes == "host" and cpu_share != "auto":
             assert cpu.moved_bytes > 0
@@ -126,18 +126,18 @@ def test_the_cpu_attends_its_share_beside_the_device(make_cache, sizes, cpu_shar
         assert late.lane.num_loads > 0
 
 
-@pytest.mark.parametrize("waited_for", ["CPU lane", "copy lane"])
+@pytest.mark.parametrize("waited_for", ["in-place attention", "copy lane"])
 def test_the_shares_follow_the_waits(make_cache, monkeypatch, waited_for):
     """A device that waits for one lane gives it less, and what was staged stays, but for the blocks
     that the CPU attends from then on."""
     model = tiny_model("Llama")
     expected, _ = run(model, DynamicCache())
     monkeypatch.setattr(block_reader, "READINGS_PER_CORRECTION", 2)
-    monkeypatch.setattr(BlockStream, "clear", lambda _: pytest.fail("the ring was given up"))
-    monkeypatch.setattr(LaneSplit, "measured", lambda *_: LaneSplit(0.6, False, most=0.8))
+    monkeypatch.setattr(StagingRing, "clear", lambda _: pytest.fail("the ring was given up"))
+    monkeypatch.setattr(InPlaceShare, "measured", lambda *_: InPlaceShare(0.6, False, most=0.8))
     with Late(has_cpu_lane=True) as late:
         waits = count()
-        if waited_for == "CPU lane":
+        if waited_for == "in-place attention":
             monkeypatch.setattr(late.flags, "wait_seconds", lambda: next(waits))
         else:
             measure = lambda: LaneCounters(wait_seconds=next(waits))  # noqa: E731
@@ -147,7 +147,7 @@ def test_the_shares_follow_the_waits(make_cache, monkeypatch, waited_for):
         (manager,) = cache._owned.pool.managers
         split = manager.split
         assert not split.is_fixed
-        assert split.cpu_share == (0 if waited_for == "CPU lane" else 0.8)
+        assert split.cpu_share == (0 if waited_for == "in-place attention" else 0.8)
         reader = manager._reader
         reader._correct_split()
         staged = set(manager._stream._staged)
@@ -177,8 +177,8 @@ def test_the_cpu_is_probed_beside_a_copy_on_more_than_a_cache_holds(make_cache, 
         probed.append((blocks.numel(), late.lane.occupied_bytes))
         return 1e9
 
-    monkeypatch.setattr(CpuLane, "probe", probe)
-    assert manager_pool.PROBE_BYTES >= 1 << 30
+    monkeypatch.setattr(InPlaceAttention, "probe", probe)
+    assert assembly.PROBE_BYTES >= 1 << 30
     with Late(has_cpu_lane=True) as late:
         _, _, cache = generate(make_cache, tiny_model("Llama"), **SIZES["host"])
         assert probed == [(1000 * BLOCK, 4 * 1000 * BLOCK)], "as much as the budget allows"

@@ -32,7 +32,7 @@ def longrope_model(kind: str):
 
 @pytest.fixture
 def told(told_by):
-    return told_by("forwards")
+    return told_by("integration.forwards")
 
 
 def generated(model, cache, num_tokens: int, new: int = 8):

@@ -20,8 +20,8 @@ from test_offload_manager import STEPS, shadowed_layers, sizes, state, walk
 from tiers import faulty_file as faults
 from tiers.late_tier import LateTier, Link
 
+from hf_tiered_cache.blocks.offload_manager import OffloadManager
 from hf_tiered_cache.errors import OutOfBlocksError, TierIOError
-from hf_tiered_cache.offload_manager import OffloadManager
 from hf_tiered_cache.tiers import Budget, DeviceTier, HostTier
 
 IN_TMP_PATH = [HealthCheck.function_scoped_fixture]

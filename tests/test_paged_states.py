@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache
 from hf_tiered_cache.errors import BackwardError, ClosedCacheError
-from hf_tiered_cache.paged_states import PagedStates
+from hf_tiered_cache.integration.paged_states import PagedStates
 
 BLOCK = 4096
 
@@ -81,7 +81,7 @@ def test_asking_for_a_contiguous_handle_builds_nothing(make_cache):
 
 def test_materialising_is_told_once_with_the_fix(make_cache, monkeypatch):
     messages = []
-    logger = logging.get_logger("hf_tiered_cache.paged_states")
+    logger = logging.get_logger("hf_tiered_cache.integration.paged_states")
     monkeypatch.setattr(logger, "warning", lambda message, *_, **__: messages.append(message))
     type(logger).warning_once.cache_clear()  # other tests may have been told
     (keys, values), _ = filled(make_cache(), 9)

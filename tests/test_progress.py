@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_tiered_cache import TieredCache
-from hf_tiered_cache.progress import generation_progress
+from hf_tiered_cache.integration.progress import generation_progress
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from hf_tiered_cache.demotion import DemotionPolicy
+from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.errors import ConfigError
 from hf_tiered_cache.registry import Registered
 from hf_tiered_cache.tiers import DiskTier, Tier

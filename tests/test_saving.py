@@ -16,7 +16,7 @@ from test_generate_parity import check_integrity, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_tiered_cache import ClosedCacheError, TieredCache, UnsupportedInputError
-from hf_tiered_cache.cache_layers import TieredLayer
+from hf_tiered_cache.integration.cache_layers import TieredLayer
 
 HERE = Path(__file__).parent
 FAMILIES = ["Llama", "Gemma 3", "Qwen3-Next", "Falcon-H1"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import hf_tiered_cache
-from hf_tiered_cache import registration
 from hf_tiered_cache.devices import Device
 from hf_tiered_cache.evaluation import names
+from hf_tiered_cache.integration import registration
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "safetensors"}
@@ -46,7 +46,7 @@ def loaded_by(code: str) -> set[str]:
 def test_the_package_alone_loads_errors_and_nothing_of_others():
     loaded = loaded_by("import hf_tiered_cache")
     ours = {name for name in loaded if name.startswith("hf_tiered_cache")}
-    rooms = ("errors", "registration")
+    rooms = ("errors", "integration", "integration.registration")
     assert ours == {"hf_tiered_cache", *(f"hf_tiered_cache.{room}" for room in rooms)}
     assert not loaded & (HEAVY | EXTRAS | {"typer", "psutil", "huggingface_hub"})
 
@@ -57,7 +57,7 @@ import hf_tiered_cache
 assert "torch" not in sys.modules
 import transformers
 import transformers.modeling_utils as models
-assert "hf_tiered_cache.attention" in sys.modules
+assert "hf_tiered_cache.integration.attention" in sys.modules
 config = transformers.LlamaConfig(
     hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
 )
@@ -71,7 +71,7 @@ from hf_tiered_cache import TieredCache
 
 def test_the_name_is_there_for_models_that_come_later_and_no_command_is():
     loaded = loaded_by(MODELS_LATER)
-    assert "hf_tiered_cache.cache" in loaded
+    assert "hf_tiered_cache.integration.cache" in loaded
     above = ("hf_tiered_cache.evaluation", "hf_tiered_cache.commands")
     assert not [name for name in loaded if name.startswith(above)]
     assert not loaded & (EXTRAS | {"typer"})

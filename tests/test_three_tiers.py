@@ -9,7 +9,7 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from transformers import DynamicCache
 
 from hf_tiered_cache import TieredCache, TieredCacheConfig
-from hf_tiered_cache.block_reader import Reading
+from hf_tiered_cache.blocks.block_reader import Reading
 from hf_tiered_cache.config import Budgets
 from hf_tiered_cache.errors import ConfigError, OutOfBlocksError
 

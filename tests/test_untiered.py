@@ -41,7 +41,7 @@ def forward(model, cache, ids=None):
 
 @pytest.fixture
 def told(told_by):
-    return told_by("untiered")
+    return told_by("integration.untiered")
 
 
 def num_bytes(value) -> int:

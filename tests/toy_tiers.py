@@ -1,7 +1,8 @@
 """Tiers as somebody else might write them."""
 
-from hf_tiered_cache.tiers import DONE, PooledTier
+from hf_tiered_cache.tiers import PooledTier
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
+from hf_tiered_cache.transfers import DONE
 
 
 class Shelf(MemoryTier, name="shelf"):

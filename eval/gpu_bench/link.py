@@ -13,8 +13,8 @@ from sections import Row, attempted
 
 from gpu_bench.machine import GIB
 from gpu_bench.workshop import Bench
+from hf_tiered_cache.devices.pinning import CudaPinning
 from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.tiers.pinning import CudaPinning
 
 import benchmarking
 

@@ -10,12 +10,12 @@ import torch
 from sections import Row, Skipped, attempted
 
 from gpu_bench.workshop import Bench
+from hf_tiered_cache.devices.pinning import CudaPinning
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.kernels.loader import cuda_core
 from hf_tiered_cache.kernels.worker import AttentionWorker
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers.memory import virtual_slab
-from hf_tiered_cache.tiers.pinning import CudaPinning
 
 FLAG_SECONDS = 0.1
 PIECE_BYTES = (8 << 10, 256 << 10)  # by a kernel, and in a batch

@@ -24,8 +24,8 @@ from hf_tiered_cache.evaluation.rates import disk_rates, memory_read_rate
 from hf_tiered_cache.evaluation.versions import package_version
 from hf_tiered_cache.kernels import loader
 from hf_tiered_cache.sizes import format_bytes
-from hf_tiered_cache.tiers.block_file import BlockFile
-from hf_tiered_cache.tiers.movers import moving_core
+from hf_tiered_cache.tiers.disk.block_file import BlockFile
+from hf_tiered_cache.tiers.disk.movers import moving_core
 
 PACKAGES = ("torch", "transformers", "accelerate", "huggingface_hub", "xxhash", "numpy")
 

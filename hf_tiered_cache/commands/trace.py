@@ -50,8 +50,6 @@ def trace(
     load_libraries(threads)
     import torch
 
-    from hf_tiered_cache import tracing
-    from hf_tiered_cache.cache import TieredCache
     from hf_tiered_cache.evaluation.models import (
         check_fits,
         choose_device,
@@ -65,7 +63,9 @@ def trace(
         save_timeline,
         traced_forwards,
     )
-    from hf_tiered_cache.progress import generation_progress
+    from hf_tiered_cache.integration.cache import TieredCache
+    from hf_tiered_cache.integration.progress import generation_progress
+    from hf_tiered_cache.observe import tracing
 
     where = choose_device(device)
     check_fits(model, dtype, context, new_tokens, attention)

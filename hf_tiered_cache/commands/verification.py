@@ -19,7 +19,7 @@ from hf_tiered_cache.evaluation.scoring import (
     fitting_shape,
     num_tokens,
 )
-from hf_tiered_cache.progress import progress_bar
+from hf_tiered_cache.integration.progress import progress_bar
 
 
 def run(

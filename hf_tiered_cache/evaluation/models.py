@@ -13,7 +13,6 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from hf_tiered_cache import attention
 from hf_tiered_cache.devices import Device
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.evaluation.names import (
@@ -25,6 +24,7 @@ from hf_tiered_cache.evaluation.names import (
     check_model,
     not_loaded,
 )
+from hf_tiered_cache.integration import attention
 
 NOT_LOADED = (OSError, ValueError, ImportError, SafetensorError)
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.evaluation.scoring import (
     NOISE,
     REFERENCE,
@@ -27,7 +26,8 @@ from hf_tiered_cache.evaluation.scoring import (
     run_window,
     uncounted,
 )
-from hf_tiered_cache.metrics import CacheStats
+from hf_tiered_cache.integration.cache import TieredCache
+from hf_tiered_cache.observe.metrics import CacheStats
 
 EAGER_SCORES = 1 << 26  # heads x queries x keys at once in a pass with eager attention
 

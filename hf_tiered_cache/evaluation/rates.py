@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_tiered_cache.config import free_memory_bytes
-from hf_tiered_cache.tiers import Budget, DiskTier, Transfer
+from hf_tiered_cache.tiers import Budget, DiskTier
+from hf_tiered_cache.transfers import Transfer
 
 RECORD_BYTES = 1024 * 1024
 NUM_IN_FLIGHT = 16  # records; at queue depth 4 such records reach a disk's rate

@@ -19,11 +19,11 @@ import torch
 import xxhash
 from transformers import Cache, PreTrainedModel
 
-from hf_tiered_cache.cache import TieredCache
+from hf_tiered_cache.blocks.assembly import MIN_STAGING_BLOCKS, STAGING_BYTES, STAGING_SHARE
 from hf_tiered_cache.config import disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import DataError, Document
 from hf_tiered_cache.evaluation.models import check_has_full_attention
-from hf_tiered_cache.manager_pool import MIN_STAGING_BLOCKS, STAGING_BYTES, STAGING_SHARE
+from hf_tiered_cache.integration.cache import TieredCache
 from hf_tiered_cache.sizes import format_bytes
 
 REFERENCE, NOISE, TIERED = "DynamicCache", "DynamicCache, noise", "TieredCache"

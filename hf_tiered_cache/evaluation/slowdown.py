@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_tiered_cache.cache import TieredCache
 from hf_tiered_cache.evaluation.models import check_has_only_full_attention
 from hf_tiered_cache.evaluation.scoring import block_shape
 from hf_tiered_cache.evaluation.timing import decode, fill, paired
-from hf_tiered_cache.progress import progress_bar
+from hf_tiered_cache.integration.cache import TieredCache
+from hf_tiered_cache.integration.progress import progress_bar
 
 DYNAMIC, RELOADING, OFFLOADED = "DynamicCache", "re-reading layers", "DynamicCache, offloaded"
 HEADINGS = f"{'context':>8} {'cache':<26} {'off device':>10} {'tokens/s':>9} {'slowdown':>9}"

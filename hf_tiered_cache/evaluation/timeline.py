@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from hf_tiered_cache.tracing import ATTEND, ATTENTION, LOAD, LOAD_WAIT, MERGE, STORE_WAIT, Trace
+from hf_tiered_cache.observe.tracing import (
+    ATTEND,
+    ATTENTION,
+    LOAD,
+    LOAD_WAIT,
+    MERGE,
+    STORE_WAIT,
+    Trace,
+)
 
 PREFILL, DECODE = "prefill", "decode"
 ROWS = {  # name of the row: the spans on it
@@ -93,13 +101,13 @@ def draw_timeline(axes: Any, recorded: Trace, window: Interval | None = None) ->
                     for one in spans
                 ),
             )
-    for (kind, tier), lanes in recorded.lanes(first, last).items():
-        for lane in lanes:
+    for (kind, tier), tracks in recorded.tracks(first, last).items():
+        for track in tracks:
             draw_row(
-                f"{kind} {tier}" if lane is lanes[0] else "",
+                f"{kind} {tier}" if track is tracks[0] else "",
                 (
                     part
-                    for one in lane
+                    for one in track
                     for part in (
                         (one.issued, one.began, palette(_color(one.layers[0])), QUEUED_ALPHA),
                         (one.began, one.ended, palette(_color(one.layers[0])), 1.0),
@@ -131,7 +139,7 @@ def save_timeline(
             "drawing needs matplotlib: pip install 'hf_tiered_cache[eval]'"
         ) from None
     windows = [None, window] if window else [None]
-    heights = [2 + 0.16 * sum(map(len, recorded.lanes(*(one or ())).values())) for one in windows]
+    heights = [2 + 0.16 * sum(map(len, recorded.tracks(*(one or ())).values())) for one in windows]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     panels = figure.subplots(len(windows), squeeze=False, height_ratios=heights)[:, 0]
     for axes, one in zip(panels, windows, strict=True):

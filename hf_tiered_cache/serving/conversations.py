@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_tiered_cache.cache import TieredCache
+from hf_tiered_cache.integration.cache import TieredCache
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
-from hf_tiered_cache.cache import TieredCache
+from hf_tiered_cache.integration.cache import TieredCache
 from hf_tiered_cache.serving.admission import Admission, Limits
 from hf_tiered_cache.serving.conversations import Conversations
 from hf_tiered_cache.serving.generation import TieredGenerateManager

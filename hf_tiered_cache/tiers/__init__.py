@@ -4,7 +4,7 @@ A tier hands out slots, stores and loads the bytes of one block per slot, and gi
 on close. It knows no layers, tokens or policies: those are the block and offload managers'.
 """
 
-from hf_tiered_cache.tiers.base import DONE, Budget, Surroundings, Tier, Transfer
+from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.host import HostTier
@@ -12,7 +12,6 @@ from hf_tiered_cache.tiers.memory import MemoryTier
 from hf_tiered_cache.tiers.pooled import PooledTier
 
 __all__ = [
-    "DONE",
     "Budget",
     "DeviceTier",
     "DiskTier",
@@ -21,5 +20,4 @@ __all__ = [
     "PooledTier",
     "Surroundings",
     "Tier",
-    "Transfer",
 ]

@@ -1,4 +1,4 @@
-"""The contract of a tier: `Tier`, the `Transfer` of its reads and writes, its `Budget`.
+"""The contract of a tier: `Tier`, its `Budget`, its `Surroundings`.
 
     allocate  a slot, or None when the budget has no room
     write     store blocks into slots; returns a Transfer
@@ -11,34 +11,24 @@
     close     give everything back
 
 Subclassing with a name, `class XTier(Tier, name="x")`, registers a tier, and the contract tests run
-over every registered one. Which tiers a cache has is decided in `manager_pool`.
+over every registered one. Which tiers a cache has is decided in `blocks.assembly`.
 """
 
-import _thread
-import contextlib
-import os
-import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from time import perf_counter
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
+from hf_tiered_cache.devices.pinning import Pinning
+from hf_tiered_cache.errors import ConfigError, UnsupportedInputError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.registry import Registered
-from hf_tiered_cache.tiers.pinning import Pinning
-
-# Who waits looks again so often: an interrupt may have come between the end and the waking.
-WAKE_SECONDS = 0.1
-# An interrupt of a finalizer comes again so much later: Python must be out of it by then.
-AGAIN_SECONDS = 0.02
+from hf_tiered_cache.transfers import Transfer
 
 
 class Budget:
@@ -89,125 +79,6 @@ class Budget:
 
     def __repr__(self) -> str:
         return f"Budget({self.name!r}, used {self.used_bytes} of {self.limit_bytes} bytes)"
-
-
-class Transfer:
-    """A read or write that was started. It consists of one or more parts.
-
-        pending --last part ended, none failed--> done     wait() returns at once
-        pending --last part ended, some failed--> failed   wait() raises TierIOError, every time
-
-    `is_ready()` is False only while pending. Ready means that no thread touches the memory of the
-    transfer any more, whether it is done or failed. Waiting on a ready transfer takes no lock.
-
-    A device that is not the CPU works behind it: `hold_device()` makes the device wait, and the CPU
-    goes on where it can.
-    """
-
-    __slots__ = (
-        *("__weakref__", "_ended", "_error", "_is_ready", "_num_parts", "_pid", "_wake"),
-        *("began_at", "ended_at"),
-    )
-
-    def __init__(self, num_parts: int = 1) -> None:
-        self._num_parts = num_parts
-        # What came of each part that ended. All else follows from it: an interrupt between two
-        # lines of whoever ends a part leaves nothing that is not made good by the next look.
-        self._ended: dict[object, _Ended] = {}
-        self._is_ready = num_parts == 0
-        self._error: TierIOError | None = None
-        self.began_at: float | None = None
-        """When its first bytes moved, seconds of `perf_counter`, once it is ready; None where
-        nobody knows."""
-        self.ended_at: float | None = None
-        """When its last bytes moved, likewise."""
-        self._pid = os.getpid()
-        self._wake: SimpleQueue[None] = SimpleQueue()
-
-    def is_ready(self) -> bool:
-        """Whether it is done or failed, without waiting."""
-        return self._is_ready or self._look()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it has failed, as far as is known by now."""
-        return self._error is not None
-
-    def wait(self) -> None:
-        """Return when done. Raises TierIOError when it failed, each time it is called."""
-        while not (self._is_ready or self._look()):
-            self.check_process()
-            with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=WAKE_SECONDS)
-                self._wake.put(None)  # for the next one who waits
-        if self._error is not None:
-            # A fresh exception: one raised twice would grow its traceback and be shared by threads.
-            message = self._error.strerror or str(self._error)
-            raise io_error(self._error.errno, message) from self._error.__cause__
-
-    def outlast(self) -> None:
-        """Return when it has ended, done or failed."""
-        with contextlib.suppress(TierIOError):
-            self.wait()
-
-    def hold_device(self) -> None:
-        """Make the work that the device is given from now on wait for this transfer. Raises as
-        `wait` does, if the transfer is known to have failed by then. Here, and wherever the device
-        is the CPU, the same as `wait`."""
-        self.wait()
-
-    def check_process(self) -> None:
-        """Raise ClosedCacheError in a forked child, where nobody would end this transfer."""
-        if os.getpid() != self._pid:
-            raise ClosedCacheError(
-                f"this transfer belongs to process {self._pid}, and its threads stayed there;"
-                " make a new cache after fork()"
-            )
-
-    def end_part(
-        self,
-        error: TierIOError | None = None,
-        *,
-        part: object = None,
-        began: float | None = None,
-        ended: float | None = None,
-    ) -> None:
-        """One part ended, failed if `error` is given. For tiers.
-
-        part: which one, where there are several; one that has ended stays as it ended. Of several
-        errors that of the first part to end wins. began, ended: when its bytes moved, if it is
-        known (in seconds of `perf_counter`).
-        """
-        self._ended.setdefault(part, _Ended(error, began, ended or perf_counter()))
-        if self._look():
-            self._wake.put(None)
-
-    def _look(self) -> bool:
-        """Whether all parts have ended; if so, what came of them is noted."""
-        if len(self._ended) < self._num_parts:
-            return False
-        parts = list(self._ended.values())
-        self._error = next((part.error for part in parts if part.error), None)
-        self.began_at = min((part.began for part in parts if part.began is not None), default=None)
-        self.ended_at = max((part.ended for part in parts), default=None)
-        self._is_ready = True
-        return True
-
-    def __repr__(self) -> str:
-        state = "pending" if not self._is_ready else "failed" if self._error else "done"
-        return f"Transfer({state})"
-
-
-class _Ended(NamedTuple):
-    """What came of a part of a transfer."""
-
-    error: TierIOError | None
-    began: float | None
-    ended: float
-
-
-DONE = Transfer(num_parts=0)
-"""A finished transfer, shared by everything that has nothing to wait for."""
 
 
 @dataclass(frozen=True)
@@ -332,9 +203,9 @@ class Tier(Registered, ABC, kind="tier"):
         """Whether a device can copy the block in `slot` as it lies, while the CPU goes on."""
         return False
 
-    def keep(self, slots: Sequence[int], reader: Transfer) -> None:
-        """Let nobody overwrite the slots before `reader`, which reads them, has ended."""
-        reader.outlast()
+    def hold_slots(self, slots: Sequence[int], until: Transfer) -> None:
+        """Let nobody overwrite the slots before `until`, which reads them, has ended."""
+        until.outlast()
 
     @property
     def where(self) -> str:
@@ -363,40 +234,6 @@ class Tier(Registered, ABC, kind="tier"):
     @abstractmethod
     def close(self) -> None:
         """Give back memory, files, threads and budget. Idempotent."""
-
-
-def do_all(*steps: Callable[[], None]) -> None:
-    """Do every step, each of which may be repeated. If one raises, as an interrupt does, all are
-    done once more before it is passed on: whoever finalizes is not called again."""
-    try:
-        for step in steps:
-            step()
-    except BaseException:
-        for step in steps:
-            step()
-        raise
-
-
-def in_finalizer(close: Callable[..., None], *arguments: object) -> None:
-    """Close something from a finalizer, where Python swallows whatever is raised: Ctrl-C in there
-    comes again a moment later, in the main thread."""
-    try:
-        close(*arguments)
-    except KeyboardInterrupt:
-        with contextlib.suppress(RuntimeError):  # no thread at interpreter exit: it ends anyway
-            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
-
-
-def io_error(code: int | None, message: str) -> TierIOError:
-    """A TierIOError with its `errno` set; printed as `[Errno 5] message`.
-
-    Both are set by hand, because RuntimeError comes before OSError among the bases of TierIOError
-    and does not know them.
-    """
-    error = TierIOError(message)
-    error.errno = code
-    error.strerror = message
-    return error
 
 
 def check_block_bytes(block_bytes: int) -> None:

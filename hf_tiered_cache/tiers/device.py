@@ -6,10 +6,10 @@ whole budget, made at construction.
 
 import torch
 
+from hf_tiered_cache.devices.copy_lane import CopyLane
 from hf_tiered_cache.errors import ConfigError
 from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.tiers.base import Budget
-from hf_tiered_cache.tiers.lane import CopyLane
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
 from hf_tiered_cache.tiers.slots import SlotPool
 

@@ -18,20 +18,16 @@ from typing import Self
 import torch
 from transformers.utils import logging
 
+from hf_tiered_cache.devices.pinning import Pinning
+from hf_tiered_cache.errors import io_error
+from hf_tiered_cache.finalizers import do_all, in_finalizer
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.sizes import format_bytes
-from hf_tiered_cache.tiers.base import (
-    Budget,
-    Surroundings,
-    Transfer,
-    do_all,
-    in_finalizer,
-    io_error,
-)
+from hf_tiered_cache.tiers.base import Budget, Surroundings
 from hf_tiered_cache.tiers.io_threads import Job, shared_threads
 from hf_tiered_cache.tiers.memory import MemoryTier, virtual_slab
-from hf_tiered_cache.tiers.pinning import Pinning
 from hf_tiered_cache.tiers.slots import SlotPool
+from hf_tiered_cache.transfers import Transfer
 
 logger = logging.get_logger(__name__)
 

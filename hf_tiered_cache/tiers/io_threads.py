@@ -15,8 +15,7 @@ from threading import get_ident
 from time import monotonic
 from weakref import WeakSet
 
-from hf_tiered_cache.errors import TierIOError
-from hf_tiered_cache.tiers.base import io_error
+from hf_tiered_cache.errors import TierIOError, io_error
 
 JOIN_SECONDS = 5.0  # whoever leaves last waits so long for the threads to end; they end anyway
 _CANCELLED = 0  # no thread has this number

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError
-from hf_tiered_cache.tiers.base import DONE, Budget, Transfer
+from hf_tiered_cache.tiers.base import Budget
 from hf_tiered_cache.tiers.pooled import PooledTier
+from hf_tiered_cache.transfers import DONE, Transfer
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 

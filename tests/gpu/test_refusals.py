@@ -8,7 +8,7 @@ from gpu.models import generate, least_bytes, model_on, prompt_on
 from transformers import DynamicCache
 
 from hf_tiered_cache import TieredCacheError
-from hf_tiered_cache.tiers.pinning import CudaPinning
+from hf_tiered_cache.devices.pinning import CudaPinning
 
 HOST = {"host_bytes": "64MiB", "disk_bytes": 0}
 

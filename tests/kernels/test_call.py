@@ -4,7 +4,7 @@ import pytest
 import torch
 from paged_case import PagedCase
 
-from hf_tiered_cache.cpu_lane import CpuLane
+from hf_tiered_cache.devices.in_place import InPlaceAttention
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.kernels import cores, flash, ops, reference, worker
 from hf_tiered_cache.kernels.call import AttentionCall
@@ -45,8 +45,8 @@ def test_a_kernel_without_a_core_refuses_it_too(make_case, attend):
 
 def test_a_thread_beside_a_device_is_not_given_it(make_case):
     case = make_case(tokens=60)
-    assert CpuLane.can_attend(case.query, case.kv_heads, case.call())
-    assert not CpuLane.can_attend(case.query, case.kv_heads, windowed(case))
+    assert InPlaceAttention.can_attend(case.query, case.kv_heads, case.call())
+    assert not InPlaceAttention.can_attend(case.query, case.kv_heads, windowed(case))
     words = torch.zeros(2, dtype=torch.int32)  # nobody raises the first: nothing is attended
     flags = (words[:1].data_ptr(), words[1:].data_ptr())
     state = ops.RunningState.begin(case.query, case.value_dim)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hf_tiered_cache.tiers.block_file import BlockFile
+from hf_tiered_cache.tiers.disk.block_file import BlockFile
 
 # A fault gets the real call (which returns a byte count), the buffers, and says how many went.
 Fault = Callable[[Callable[[list[memoryview]], int], list[memoryview]], int]

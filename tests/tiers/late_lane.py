@@ -17,8 +17,9 @@ from unittest.mock import patch
 import torch
 
 from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.metrics import LaneCounters
-from hf_tiered_cache.tiers import DeviceTier, HostTier, MemoryTier, Transfer
+from hf_tiered_cache.observe.metrics import LaneCounters
+from hf_tiered_cache.tiers import DeviceTier, HostTier, MemoryTier
+from hf_tiered_cache.transfers import Transfer
 
 POISON = 0xFF
 KERNELS = [

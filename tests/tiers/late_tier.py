@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_tiered_cache.tiers import DONE, Budget, HostTier, Transfer
-from hf_tiered_cache.tiers.base import check_blocks, io_error
+from hf_tiered_cache.errors import io_error
+from hf_tiered_cache.tiers import Budget, HostTier
+from hf_tiered_cache.tiers.base import check_blocks
+from hf_tiered_cache.transfers import DONE, Transfer
 
 POISON = 0xFF
 

@@ -7,9 +7,16 @@ import threading
 import pytest
 import torch
 
-from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError, UnsupportedInputError
-from hf_tiered_cache.tiers import DONE, Budget, Transfer
-from hf_tiered_cache.tiers.base import check_blocks, io_error
+from hf_tiered_cache.errors import (
+    ClosedCacheError,
+    ConfigError,
+    TierIOError,
+    UnsupportedInputError,
+    io_error,
+)
+from hf_tiered_cache.tiers import Budget
+from hf_tiered_cache.tiers.base import check_blocks
+from hf_tiered_cache.transfers import DONE, Transfer
 
 
 class Holder:

@@ -13,7 +13,8 @@ import torch
 import xxhash
 
 from hf_tiered_cache.errors import ConfigError, TierIOError
-from hf_tiered_cache.tiers import Budget, DiskTier, movers, record_jobs
+from hf_tiered_cache.tiers import Budget, DiskTier
+from hf_tiered_cache.tiers.disk import movers, record_jobs
 
 BLOCK = 16384
 NUM_SLOTS = 6

@@ -21,7 +21,7 @@ from hf_tiered_cache.errors import (
     UnsupportedInputError,
 )
 from hf_tiered_cache.tiers import Budget, DiskTier, HostTier, Surroundings, Tier
-from hf_tiered_cache.tiers.lane_tier import BounceRing, LaneTier, behind_lane
+from hf_tiered_cache.tiers.device_side import BounceRing, DeviceSideTier, behind_lane
 
 BLOCK = 8192
 
@@ -62,7 +62,7 @@ class EverythingOutside(LateLane):
         return True
 
 
-def behind(tier: Tier, pinned_ranges: int = 0) -> LaneTier:
+def behind(tier: Tier, pinned_ranges: int = 0) -> DeviceSideTier:
     """A tier as a device sees it that lags behind, with bounce slots for three blocks."""
     memory = HostTier(BLOCK, Budget("bounce", 3 * BLOCK), pinning=RefusingPinning(pinned_ranges))
     return behind_lane(tier, EverythingOutside(LateDevice()), BounceRing(memory, 3))

@@ -19,7 +19,9 @@ import torch
 from tiers.faulty_file import FaultyFile
 
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, TierIOError
-from hf_tiered_cache.tiers import Budget, DiskTier, block_file, disk, movers
+from hf_tiered_cache.tiers import Budget, DiskTier
+from hf_tiered_cache.tiers.disk import block_file, movers
+from hf_tiered_cache.tiers.disk import tier as disk
 
 BLOCK = 65536
 NUM_SLOTS = 32

@@ -11,10 +11,10 @@ import torch
 from support import Footprint
 from tiers.test_device import resident_bytes
 
+from hf_tiered_cache.devices.pinning import CUDA_HOST_REGISTER_PORTABLE, CudaPinning
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError
 from hf_tiered_cache.tiers import Budget, HostTier
 from hf_tiered_cache.tiers import host as host_module
-from hf_tiered_cache.tiers.pinning import CUDA_HOST_REGISTER_PORTABLE, CudaPinning
 
 MIB = 1024 * 1024
 

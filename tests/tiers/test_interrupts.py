@@ -20,8 +20,9 @@ from interrupts import PACKAGE, interrupted_at
 from tiers.test_contract import behind
 
 from hf_tiered_cache.errors import ClosedCacheError
-from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Tier, Transfer
+from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier, Tier
 from hf_tiered_cache.tiers.slots import SlotPool
+from hf_tiered_cache.transfers import Transfer
 
 BLOCK = 8192
 NUM_SLOTS = 12

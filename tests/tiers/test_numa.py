@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
+from hf_tiered_cache.devices.numa import cpus_near, parse_cpu_list
 from hf_tiered_cache.tiers import Budget, HostTier, host
-from hf_tiered_cache.tiers.numa import cpus_near, parse_cpu_list
 
 GPU = "0000:3B:00.0"
 

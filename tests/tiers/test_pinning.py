@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from hf_tiered_cache.tiers.pinning import CudaPinning
+from hf_tiered_cache.devices.pinning import CudaPinning
 
 
 def test_ranges_are_registered_on_the_device_that_was_given(monkeypatch):

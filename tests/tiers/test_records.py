@@ -7,9 +7,10 @@ from itertools import count
 import pytest
 
 from hf_tiered_cache.errors import BlockStateError
-from hf_tiered_cache.tiers import Budget, Transfer
-from hf_tiered_cache.tiers.records import RecordState, RecordTable
+from hf_tiered_cache.tiers import Budget
+from hf_tiered_cache.tiers.disk.records import RecordState, RecordTable
 from hf_tiered_cache.tiers.slots import SlotPool
+from hf_tiered_cache.transfers import Transfer
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from tiers import faulty_file as faults
 from tiers.faulty_file import FaultyFile
 
 from hf_tiered_cache.errors import ConfigError, TierIOError
-from hf_tiered_cache.tiers import Budget, DiskTier, HostTier, disk
+from hf_tiered_cache.tiers import Budget, DiskTier, HostTier
 from hf_tiered_cache.tiers import host as host_module
+from hf_tiered_cache.tiers.disk import tier as disk
 
 BLOCK = 16384
 NUM_SLOTS = 4

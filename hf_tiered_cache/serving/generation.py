@@ -6,6 +6,7 @@ feed the rest, and parks the cache afterwards, whatever ended it.
 """
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,14 @@ from hf_tiered_cache.serving.instruments import Instruments
 from hf_tiered_cache.serving.requests import Failure, Request, current_request
 
 logger = logging.get_logger(__name__)
+
+
+# What `generate` is given for text; whatever else comes (pictures, sound) is in no token, so that
+# tokens do not tell what a cache holds.
+FOR_TEXT = {
+    *("input_ids", "attention_mask", "generation_config", "tokenizer", "streamer"),
+    "generation_mode",
+}
 
 
 class GenerationFailedError(RuntimeError):
@@ -83,8 +92,6 @@ class TieredGenerateManager(GenerateManager):
                     400, f"the prompt has {prompt} tokens; the model was made for {limit} in all"
                 )
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, limit - prompt)
-        if gen_config.prefill_chunk_size is None:
-            gen_config.prefill_chunk_size = self._chunk
         return Generation(model, request, self._conversations, self._instruments, self._chunk)
 
 
@@ -105,27 +112,54 @@ class Generation:
         self._instruments = instruments
         self._chunk = chunk
         self._ids: list[int] = []  # that the cache holds
+        self._is_text = True
         self._randomness = OwnRandomness(request.seed, model.device)
 
     def generate(self, **kwargs: Any) -> Any:
-        """`generate` of the model, with a cache that holds what is known of the prompt."""
-        request, prompt = self._request, kwargs["input_ids"][0]
+        """`generate` of the model, with a cache that holds all of the prompt but its last token."""
+        request, prompt = self._request, kwargs["input_ids"]
         with self._told(), self._randomness:
             began = perf_counter()
-            self._cache = self._conversations.open(prompt, request.tenant)
+            self._is_text = FOR_TEXT.issuperset(kwargs)
+            known = prompt[0] if self._is_text else prompt[0, :0]
+            self._cache = self._conversations.open(known, request.tenant)
             request.cached_tokens = self._cache.get_seq_length()
-            self._ids = prompt[: request.cached_tokens].tolist()
+            self._ids = prompt[0, : request.cached_tokens].tolist()
             self._instruments.note_lookup(request, perf_counter() - began)
             try:
+                if self._is_text:
+                    self._feed(prompt[:, request.cached_tokens : -1])
                 return in_turns(self._model, self._forward).generate(
                     **kwargs, past_key_values=self._cache
                 )
             finally:
                 self._park()
 
+    def _feed(self, input_ids: torch.Tensor) -> None:
+        """Let the cache hold these tokens (`[1, tokens]`) too, a chunk in a turn.
+
+        `generate` has chunks of its own, but in transformers 5.17 they begin at the first token
+        again, whatever the cache holds.
+        """
+        for part in input_ids.split(self._chunk, dim=1):
+            if part.shape[1]:
+                self._in_turn(
+                    functools.partial(
+                        self._model, input_ids=part, past_key_values=self._cache, **self._one_logit
+                    ),
+                    part,
+                )
+
+    @property
+    def _one_logit(self) -> dict[str, int]:
+        """The last token's alone, where the model can: a chunk's would take `vocabulary` floats for
+        each token."""
+        known = inspect.signature(self._model.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
     def _park(self) -> None:
         length = self._cache.get_seq_length()
-        if 0 < length <= len(self._ids):
+        if self._is_text and 0 < length <= len(self._ids):
             ids = self._ids[:length]
             prompt_tokens = min(length, self._request.prompt_tokens)
             self._conversations.park(self._cache, ids, prompt_tokens, self._request.tenant)
@@ -150,17 +184,20 @@ class Generation:
         raise GenerationFailedError(json.dumps(failure.message)[1:-1])
 
     def _forward(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One forward of `generate`, when it is its turn."""
-        with self._randomness.others():
-            turns.pause()
-        outputs = self._with_memory(functools.partial(call, *args, **kwargs), kwargs["input_ids"])
-        if len(self._ids) >= self._request.prompt_tokens:
-            self._instruments.note_token(self._request)
+        """One forward of `generate`, which gives a token."""
+        outputs = self._in_turn(functools.partial(call, *args, **kwargs), kwargs["input_ids"])
+        self._instruments.note_token(self._request)
         return outputs
 
+    def _in_turn(self, call: Callable[[], Any], input_ids: torch.Tensor) -> Any:
+        """The outputs of a forward that feeds `input_ids` (`[1, tokens]`), when it is its turn."""
+        with self._randomness.others():
+            turns.pause()
+        return self._with_memory(call, input_ids)
+
     def _with_memory(self, call: Callable[[], Any], input_ids: torch.Tensor) -> Any:
-        """The outputs of a forward that feeds `input_ids` (`[1, tokens]`). Where the cache's tiers
-        are full, parked conversations go, the oldest first; then other requests are waited for."""
+        """The same now. Where the cache's tiers are full, parked conversations go, the oldest
+        first; then other requests are waited for."""
         past = self._cache.get_seq_length()
         began = perf_counter()
         while True:
@@ -182,18 +219,13 @@ class Generation:
                 return turns.wait_for_memory()
         except turns.PreemptedError:
             pass
-        known = torch.tensor([self._ids], device=self._model.device)
+        known, self._ids = self._ids, []
         self._cache.crop(-self._cache.get_seq_length())
         self._instruments.preempted.inc()
         with self._randomness.others():
             turns.wait_for_memory()
         turns.take_back()
-        self._ids = []
-        for part in known.split(self._chunk, dim=1):
-            feed = functools.partial(self._model, input_ids=part, past_key_values=self._cache)
-            self._with_memory(feed, part)
-            with self._randomness.others():
-                turns.pause()
+        self._feed(torch.tensor([known], device=self._model.device))
         return True
 
 

@@ -29,8 +29,8 @@ class OffLoop(BaseHandler):
         """As transformers' own."""
         request = current_request.get(None) or Request()
         request.seed = body.pop("seed", None)  # of this request, not of the whole process
-        first_half = super().handle_request(body, request_id)
-        second_half = await asyncio.to_thread(_run_to_end, first_half)
+        first_half = super().handle_request
+        second_half = await asyncio.to_thread(_run_to_end, first_half, body, request_id)
         response = second_half()
         if inspect.isawaitable(response):
             answer = json.loads((await response).body)
@@ -58,8 +58,9 @@ class ResponsesHandler(OffLoop, ResponseHandler):
     """`/v1/responses`."""
 
 
-def _run_to_end(coroutine: Any) -> Any:
-    """What a coroutine that waits for nothing returns."""
+def _run_to_end(function: Any, *args: Any) -> Any:
+    """What a coroutine function that waits for nothing returns."""
+    coroutine = function(*args)
     try:
         coroutine.send(None)
     except StopIteration as end:

@@ -61,6 +61,9 @@ class TieredCacheConfig:
     extra_tiers: Mapping[str, int | str] | None = None
     # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
     demotion: str = "by_age"
+    # What attention reads: "all", or the name of another selection policy, which is approximate
+    # ("resident_only": what is on the device), or "module:Class".
+    attend: str = "all"
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "disk_bytes", "staging_bytes"):
@@ -75,6 +78,10 @@ class TieredCacheConfig:
         if not isinstance(self.demotion, str):
             raise ConfigError(
                 f'demotion={self.demotion!r}: expected a name such as "by_age", or "module:Class"'
+            )
+        if not isinstance(self.attend, str):
+            raise ConfigError(
+                f'attend={self.attend!r}: expected a name such as "all", or "module:Class"'
             )
         tokens = self.block_tokens
         if tokens is not None and (

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_tiered_cache.blocks.block_manager import BlockTable
 from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.blocks.offload_manager import OffloadManager
+from hf_tiered_cache.blocks.selection import SelectionPolicy
 from hf_tiered_cache.config import (
     AUTO_DEVICE_SHARE,
     Budgets,
@@ -75,6 +76,7 @@ class BlockMemory:
         self._store_tiers: dict[OffloadManager, StoreTier] = {}
         self.budgets = Budgets.resolve(config, device_is_host=not has_accelerator())
         self._demotion = DemotionPolicy.by_name(config.demotion)
+        self.selection = SelectionPolicy.by_name(config.attend)()
         self._expected_tables = expected_tables
         self._lower = self._lower_budgets()
         self._bounce = Budget("bounce", 0)  # grows by a ring for each manager behind a lane

@@ -158,7 +158,7 @@ class Placement:
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
-    plans: dict[bool, Any] = field(default_factory=dict)
+    plans: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -351,8 +351,11 @@ class KVBlockManager:
         """Keep the first `num_tokens` tokens of every row; return the blocks nobody holds now."""
         if not 0 <= num_tokens <= table.num_tokens:
             raise BlockStateError(f"truncate {table.num_tokens} tokens to {num_tokens}")
+        was_filling = table.is_filling
         table.num_tokens = num_tokens  # first: whoever mends what was interrupted goes by it
         keep = table.layout.num_blocks(num_tokens)
+        if keep == table.num_blocks and (was_filling or not table.is_filling):
+            return []  # the last blocks only hold fewer tokens: nothing moved
         dropped: list[KVBlock] = []
         for row in table.rows:
             dropped += self._release(row[keep:])

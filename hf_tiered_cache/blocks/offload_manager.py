@@ -19,6 +19,7 @@ from hf_tiered_cache.blocks.block_manager import DEVICE, BlockTable, KVBlock, KV
 from hf_tiered_cache.blocks.block_reader import BlockReader, Readable, Reading
 from hf_tiered_cache.blocks.capacity import Capacity
 from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy
+from hf_tiered_cache.blocks.selection import ALL, SelectionPolicy
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.blocks.stores import Stores
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -396,10 +397,11 @@ class OffloadManager:
             self._stream.discard(block)
             self.stores.free_slots(block, first_rung=DEVICE)
 
-    def read(self, shown: Readable) -> Reading:
-        """A reading of a table's blocks, to be entered while `read_lock` is held. Entering raises
-        ClosedCacheError when the table was dropped, or its cache is closed."""
-        return self._reader.read(shown)
+    def read(self, shown: Readable, selection: SelectionPolicy = ALL) -> Reading:
+        """A reading of a table's blocks, those that `selection` chooses, to be entered while
+        `read_lock` is held. Entering raises ClosedCacheError when the table was dropped, or its
+        cache is closed."""
+        return self._reader.read(shown, selection)
 
     @property
     def split(self) -> InPlaceShare:

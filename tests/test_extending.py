@@ -31,12 +31,12 @@ def modules(tmp_path, monkeypatch) -> Path:
 
 
 def test_each_is_short():
-    assert set(MODULES) == {"my_tier.py", "my_policy.py"}
+    assert set(MODULES) == {"my_tier.py", "my_codec.py", "my_policy.py"}
     for name, text in MODULES.items():
         assert len(text.splitlines()) < MOST_LINES, name
 
 
-@pytest.mark.parametrize("use", USES, ids=["tier", "policy"])
+@pytest.mark.parametrize("use", USES, ids=["tier", "codec", "policy"])
 def test_generate_through_it_says_what_a_dynamic_cache_says(modules, use, monkeypatch):
     monkeypatch.setenv("HF_TIERED_CACHE_DIR", str(modules))
     model = tiny_model("Llama")

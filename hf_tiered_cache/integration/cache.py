@@ -68,6 +68,8 @@ class TieredCache(DynamicCache):
             "auto".
         extra_tiers: tiers of your own between host memory and disk, from the top down, by name or
             "module:Class", with their bytes (docs/extending.md).
+        packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of your
+            own as "module:Class" (docs/extending.md), or "auto": "bf16_12bit" for bfloat16.
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
@@ -98,6 +100,7 @@ class TieredCache(DynamicCache):
         staging_bytes: int | str = AUTO,
         cpu_share: float | str = AUTO,
         extra_tiers: Mapping[str, int | str] | None = None,
+        packing: str = AUTO,
         demotion: str = "by_age",
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
@@ -128,6 +131,7 @@ class TieredCache(DynamicCache):
             staging_bytes=staging_bytes,
             cpu_share=cpu_share,
             extra_tiers=extra_tiers,
+            packing=packing,
             demotion=demotion,
         )
         if tiers is not None and given.asked():

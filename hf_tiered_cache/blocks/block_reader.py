@@ -28,6 +28,7 @@ from hf_tiered_cache.devices.in_place import InPlaceAttention
 from hf_tiered_cache.devices.share import InPlaceShare
 from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels.view import BlockDecoder
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.observe.metrics import Counters, span
 from hf_tiered_cache.observe.tracing import LOAD_WAIT
@@ -47,6 +48,7 @@ class Chunk:
     first: int  # column of slots[:, 0]
     slots: torch.Tensor  # int32 [batch, columns]
     rung: int = DEVICE
+    codec: BlockDecoder | None = None  # of complemented slots (`BlockView`)
 
 
 class BlockReader:
@@ -90,6 +92,7 @@ class BlockReader:
         self._stream = stream
         self._counters = counters
         self._in_place = in_place
+        self.codec = stream.codec
         self._num_readings = 0
         # Of the copy lane and of in-place attention, at the last correction.
         self._lane_waits = [0.0, 0.0]
@@ -130,14 +133,11 @@ class BlockReader:
             return view
         return self.view(Chunk(0, view.table[:, :num_blocks]))
 
-    def slab(self, chunk: Chunk) -> torch.Tensor:
-        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._tiers[chunk.rung].slab
-
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk of a reading as the kernels take it."""
         first_token = chunk.first * self.layout.block_tokens
-        return ops.BlockView(self.slab(chunk), chunk.slots, self.layout, first_token)
+        slab = self._tiers[chunk.rung].slab
+        return ops.BlockView(slab, chunk.slots, self.layout, first_token, chunk.codec)
 
     def last_view(self, table: BlockTable) -> ops.BlockView:
         """The last run of a table, which is resident wherever something is appended."""
@@ -270,7 +270,7 @@ class BlockReader:
                 has_prefetched = self._stream.begin(cold, kept)
             pin.staged = cold
             self._counters.cold_reads += len(cold)
-            return has_prefetched, self._stream.slots(cold), self._stream.transfers(cold)
+            return has_prefetched, self._stream.places(cold), self._stream.transfers(cold)
 
     def _wait(self, pin: Pin, cold: Sequence[KVBlock], transfers: Sequence[Transfer]) -> None:
         """Wait, or let the device wait, for the loads; when one fails none of them stays staged."""
@@ -430,16 +430,13 @@ class Reading:
             plan = reader.plan(table, self._selected, self.has_gaps, self.beside)
         for part in plan.parts:
             if isinstance(part, Staging):
-                yield Chunk(part.first, reader.stage(pin, table, part))
+                slots = reader.stage(pin, table, part)
+                yield Chunk(part.first, slots, codec=reader.codec)
                 scan = self._shown.scan
                 reader.unstage(pin, table, part, plan, scan, self._selection, self.beside)
             elif part.run.is_resident or not self.beside:
                 reader.count(part)
                 yield Chunk(part.first, part.slots, part.rung)
-
-    def slab(self, chunk: Chunk) -> torch.Tensor:
-        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._reader.slab(chunk)
 
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk as the kernels take it."""

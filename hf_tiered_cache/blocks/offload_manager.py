@@ -281,8 +281,8 @@ class OffloadManager:
         if own is not None:
             self.device_tier.copy_block(own, slot)
             return
-        (staged,) = self._stream.load([block], self._pins.staged())
-        self.device_tier.copy_block(staged, slot)
+        (place,) = self._stream.load([block], self._pins.staged())
+        self._stream.copy_block(place, slot)
         if block not in self._pins.staged():
             self._stream.release([block])
 

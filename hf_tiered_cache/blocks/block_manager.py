@@ -64,7 +64,10 @@ class KVBlock:
     @property
     def highest(self) -> int:
         """The rung of its highest copy."""
-        return next(rung for rung, slot in enumerate(self.slots) if slot is not None)
+        for rung, slot in enumerate(self.slots):  # no generator: asked for every block of a table
+            if slot is not None:
+                return rung
+        raise BlockStateError(f"{self} is nowhere")
 
     @property
     def is_stored(self) -> bool:
@@ -580,8 +583,11 @@ class KVBlockManager:
 
 def _rungs(table: BlockTable) -> list[int | None]:
     """The rung of each column: that of the highest copies of its blocks, None where they differ."""
-    rungs = [{block.highest for block in column} for column in zip(*table.rows, strict=True)]
-    return [rung.pop() if len(rung) == 1 else None for rung in rungs]
+    rows = [[block.highest for block in row] for row in table.rows]
+    if len(rows) == 1:
+        return list(rows[0])
+    columns = zip(*rows, strict=True)
+    return [column[0] if len(set(column)) == 1 else None for column in columns]
 
 
 def _slots(rows: list[list[KVBlock]], rung: int) -> torch.Tensor:

@@ -297,7 +297,7 @@ def test_the_folder_is_private(tmp_path):
 
 def test_what_cannot_be_is_said(tmp_path):
     for knobs, message in [
-        ({"eviction": "clock"}, "unknown eviction policy 'clock'; known: fifo, lru, s3fifo"),
+        ({"eviction": "clock"}, "unknown eviction policy 'clock'; known: fifo, lru"),
         ({"ingest": "some"}, "ingest='some'"),
         ({"durability": "maybe"}, "durability='maybe'"),
         ({"on_load_failure": "ignore"}, "on_load_failure='ignore'"),

@@ -30,8 +30,7 @@ from transformers import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_tiered_cache import TieredCache, tiered_attention_forward
-from hf_tiered_cache.devices import CpuDevice, Device
-from hf_tiered_cache.devices import in_place as in_place
+from hf_tiered_cache.devices import CpuDevice, Device, in_place
 from hf_tiered_cache.devices.cuda_lane import CudaFlags, CudaLane
 from hf_tiered_cache.devices.in_place import InPlaceAttention
 from hf_tiered_cache.kernels import loader, ops

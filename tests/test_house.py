@@ -31,12 +31,13 @@ FLOORS = {
     "blocks": 6,
     "integration": 7,
     "evaluation": 8,
+    "serving": 8,
     "commands": 9,
     "__main__": 10,
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]
-HUGGING_FACE_ROOMS = {"integration", "evaluation"}
+HUGGING_FACE_ROOMS = {"integration", "evaluation", "serving"}
 BUILT = {"_C", "_cuda"}  # compiled, not a room
 
 

@@ -11,8 +11,7 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
-from hf_tiered_cache.blocks import assembly as manager_pool
-from hf_tiered_cache.blocks import block_reader
+from hf_tiered_cache.blocks import assembly, block_reader
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.devices import CpuDevice, Device
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -179,7 +178,7 @@ def test_the_cpu_is_probed_beside_a_copy_on_more_than_a_cache_holds(make_cache, 
         return 1e9
 
     monkeypatch.setattr(InPlaceAttention, "probe", probe)
-    assert manager_pool.PROBE_BYTES >= 1 << 30
+    assert assembly.PROBE_BYTES >= 1 << 30
     with Late(has_cpu_lane=True) as late:
         _, _, cache = generate(make_cache, tiny_model("Llama"), **SIZES["host"])
         assert probed == [(1000 * BLOCK, 4 * 1000 * BLOCK)], "as much as the budget allows"

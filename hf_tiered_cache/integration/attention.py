@@ -21,8 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_tiered_cache.integration import forwards
-from hf_tiered_cache.integration import masks as mask_reading
+from hf_tiered_cache.integration import forwards, masks
 from hf_tiered_cache.integration.dense_attention import explicit_mask, textbook_attention
 from hf_tiered_cache.integration.paged_states import PagedStates, RefuseBackward, Snapshot
 from hf_tiered_cache.kernels import ops
@@ -128,9 +127,9 @@ def _attend(
         if causal:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     elif attention_mask.dim() == 2:
-        starts, mask = mask_reading.padding(attention_mask)
+        starts, mask = masks.padding(attention_mask)
     elif attention_mask.dtype == torch.bool:
-        starts, mask = mask_reading.boolean(attention_mask, batch, query_start, kv_tokens)
+        starts, mask = masks.boolean(attention_mask, batch, query_start, kv_tokens)
         causal = mask is None  # else the mask says it all
     else:
         bias = attention_mask if bias is None else bias + attention_mask

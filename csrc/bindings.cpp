@@ -2,6 +2,7 @@
 // here only what Python cannot see cheaply.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 
 #include "attention_worker.h"
 #include "block_io.h"
+#include "packed_blocks.h"
 #include "paged_attention.h"
 #include "python_arguments.h"
 #include "xxh3.h"
@@ -24,6 +26,8 @@ using hf_tiered_cache::FinishParams;
 using hf_tiered_cache::KernelChoice;
 using hf_tiered_cache::Kernels;
 using hf_tiered_cache::Move;
+using hf_tiered_cache::PackParams;
+using hf_tiered_cache::Packing;
 using hf_tiered_cache::pointer;
 
 namespace {
@@ -63,15 +67,36 @@ py::list kernels() {
   return names;
 }
 
-// The move of `addresses.size()` records of `record_bytes` from, or to, `offset`.
+// The shape of a block that is packed: (kv_heads, block_tokens, key_dim, value_dim).
+PackParams pack_params(const py::tuple& shape) {
+  const auto n = hf_tiered_cache::integers<4>(shape);
+  const int64_t most_dim = hf_tiered_cache::kMostPackedDim;
+  const int64_t dim = std::max(n[2], n[3]);
+  if (std::min({n[0], n[1], n[2], n[3]}) < 1 || dim > most_dim ||
+      n[1] * dim > hf_tiered_cache::kMostPackedValues) {
+    throw std::invalid_argument("blocks of such a shape cannot be packed");
+  }
+  return {n[0], n[1], n[2], n[3]};
+}
+
+// What `record_bytes` become in the file: (kernel, shape, bytes there), or None.
+Packing packing_of(const py::object& given) {
+  if (given.is_none()) return {};
+  const auto arguments = py::reinterpret_borrow<py::tuple>(given);
+  return {&kernels_numbered(arguments[0].cast<int>()),
+          pack_params(arguments[1].cast<py::tuple>()), arguments[2].cast<std::size_t>()};
+}
+
+// The move of `addresses.size()` records of `record_bytes` in memory from, or to, `offset`.
 std::shared_ptr<Move> new_move(bool is_write, int fd, int64_t offset, int64_t record_bytes,
                                const std::vector<int64_t>& addresses, bool is_direct,
-                               std::vector<std::shared_ptr<Move>> after) {
+                               std::vector<std::shared_ptr<Move>> after,
+                               const py::object& packing) {
   std::vector<iovec> records;
   for (int64_t address : addresses) {
     records.push_back({pointer<void>(address), static_cast<size_t>(record_bytes)});
   }
-  auto move = std::make_shared<Move>(std::move(records), is_write, is_direct);
+  auto move = std::make_shared<Move>(std::move(records), is_write, is_direct, packing_of(packing));
   move->fd = fd;
   move->offset = offset;
   move->after = std::move(after);
@@ -96,11 +121,12 @@ py::list checksums(const Move& move) {
 void bind_block_io(py::module_& m) {
   m.attr("END_OF_FILE") = hf_tiered_cache::kEndOfFile;
   m.attr("CANCELLED") = hf_tiered_cache::kCancelled;
+  m.attr("UNPACKABLE") = hf_tiered_cache::kUnpackable;
 
   py::class_<Move, std::shared_ptr<Move>>(m, "Move")
       .def(py::init(&new_move), py::kw_only(), py::arg("is_write"), py::arg("fd"),
            py::arg("offset"), py::arg("record_bytes"), py::arg("addresses"), py::arg("is_direct"),
-           py::arg("after"))
+           py::arg("after"), py::arg("packing") = py::none())
       .def_property_readonly(
           "is_done", [](const Move& move) { return move.is_done.load(std::memory_order_acquire); })
       .def_readonly("error", &Move::error)
@@ -134,6 +160,29 @@ void bind_block_io(py::module_& m) {
         return py::bytes(reinterpret_cast<const char*>(out), sizeof out);
       },
       "The checksum of a record in memory (for tests).");
+}
+
+// Called through hf_tiered_cache/tiers/codecs/bf16_12bit.py.
+void bind_packing(py::module_& m) {
+  m.def(
+      "pack",
+      [](int kernel, const py::tuple& shape, int64_t raw, int64_t packed) {
+        const Kernels& chosen = kernels_numbered(kernel);
+        const PackParams params = pack_params(shape);
+        py::gil_scoped_release unlocked;
+        return chosen.pack(params, pointer<const uint8_t>(raw), pointer<uint8_t>(packed));
+      },
+      "Pack a block of bfloat16; False, and what is at `packed` is undefined, if it cannot be.");
+
+  m.def(
+      "unpack",
+      [](int kernel, const py::tuple& shape, int64_t packed, int64_t raw) {
+        const Kernels& chosen = kernels_numbered(kernel);
+        const PackParams params = pack_params(shape);
+        py::gil_scoped_release unlocked;
+        chosen.unpack(params, pointer<const uint8_t>(packed), pointer<uint8_t>(raw));
+      },
+      "Unpack what `pack` packed.");
 }
 
 // The job of attending `views` one after the other, as `attend` attends one.
@@ -233,5 +282,6 @@ PYBIND11_MODULE(_C, m) {
       "anything is written.");
 
   bind_attention_worker(m);
+  bind_packing(m);
   bind_block_io(m);
 }

@@ -27,9 +27,9 @@ constexpr std::size_t kMaxVectors = 1024;  // IOV_MAX
 
 using Records = std::vector<iovec>;
 
-void make_checksums(Move& move) {
-  for (std::size_t i = 0; i < move.records.size(); ++i) {
-    xxh3_128(move.records[i].iov_base, move.records[i].iov_len, move.checksums[i].data());
+void make_checksums(Move& move, const Records& moved) {
+  for (std::size_t i = 0; i < moved.size(); ++i) {
+    xxh3_128(moved[i].iov_base, moved[i].iov_len, move.checksums[i].data());
   }
 }
 
@@ -67,38 +67,80 @@ bool is_aligned(const iovec& record) {
   return reinterpret_cast<uintptr_t>(record.iov_base) % kPage == 0;
 }
 
-// Through aligned memory, for records that lie where direct I/O does not take them.
-void transfer_aligned(Move& move) {
-  std::size_t num_bytes = 0;
-  for (const iovec& record : move.records) num_bytes += record.iov_len;
+// Aligned memory for the records of a move as they are in the file; null base where there is none.
+struct Buffer {
+  explicit Buffer(const Move& move) {
+    std::size_t num_bytes = 0;
+    for (const iovec& record : move.records) num_bytes += record_bytes(move, record);
+    if (posix_memalign(&memory, kPage, num_bytes) != 0) memory = nullptr;
+  }
+  ~Buffer() { std::free(memory); }
+
+  static std::size_t record_bytes(const Move& move, const iovec& record) {
+    return move.packing.kernels != nullptr ? move.packing.record_bytes : record.iov_len;
+  }
+
   void* memory = nullptr;
-  if (posix_memalign(&memory, kPage, num_bytes) != 0) return fail(move, ENOMEM, move.offset);
-  char* next = static_cast<char*>(memory);
-  for (iovec& record : move.left) {
-    if (move.is_write) std::memcpy(next, record.iov_base, record.iov_len);
-    record.iov_base = next;
-    next += record.iov_len;
+};
+
+// What a record in memory is in the file. False where it cannot be packed.
+bool encode(const Move& move, const iovec& record, const iovec& to) {
+  if (move.packing.kernels == nullptr) {
+    std::memcpy(to.iov_base, record.iov_base, record.iov_len);
+    return true;
+  }
+  std::memset(to.iov_base, 0, to.iov_len);  // also what pads it
+  return move.packing.kernels->pack(move.packing.shape,
+                                    static_cast<const uint8_t*>(record.iov_base),
+                                    static_cast<uint8_t*>(to.iov_base));
+}
+
+void decode(const Move& move, const iovec& from, const iovec& record) {
+  if (move.packing.kernels == nullptr) {
+    std::memcpy(record.iov_base, from.iov_base, record.iov_len);
+  } else {
+    move.packing.kernels->unpack(move.packing.shape, static_cast<const uint8_t*>(from.iov_base),
+                                 static_cast<uint8_t*>(record.iov_base));
+  }
+}
+
+// Through other memory: for records that are packed in the file, or lie where direct I/O does not
+// take them.
+void transfer_through_buffer(Move& move) {
+  const Buffer buffer(move);
+  if (buffer.memory == nullptr) return fail(move, ENOMEM, move.offset);
+  char* next = static_cast<char*>(buffer.memory);
+  for (iovec& moved : move.left) {
+    moved.iov_len = Buffer::record_bytes(move, moved);
+    moved.iov_base = next;
+    next += moved.iov_len;
+  }
+  if (move.is_write) {
+    for (std::size_t i = 0; i < move.records.size(); ++i) {
+      if (!encode(move, move.records[i], move.left[i])) return fail(move, kUnpackable, move.offset);
+    }
+    make_checksums(move, move.left);
+    return transfer(move);
   }
   transfer(move);
-  next = static_cast<char*>(memory);
-  if (!move.is_write && move.error == 0) {
-    for (const iovec& record : move.records) {
-      std::memcpy(record.iov_base, next, record.iov_len);
-      next += record.iov_len;
-    }
+  if (move.error != 0) return;
+  next = static_cast<char*>(buffer.memory);
+  for (std::size_t i = 0; i < move.records.size(); ++i) {
+    const iovec from = {next, Buffer::record_bytes(move, move.records[i])};
+    xxh3_128(from.iov_base, from.iov_len, move.checksums[i].data());
+    decode(move, from, move.records[i]);
+    next += from.iov_len;
   }
-  std::free(memory);
 }
 
 void run(Move& move) noexcept {
+  const bool is_aligned_enough =
+      !move.is_direct || std::all_of(move.records.begin(), move.records.end(), is_aligned);
+  if (move.packing.kernels != nullptr || !is_aligned_enough) return transfer_through_buffer(move);
   // Before the write: bytes that change under it are noticed when they are loaded.
-  if (move.is_write) make_checksums(move);
-  if (!move.is_direct || std::all_of(move.records.begin(), move.records.end(), is_aligned)) {
-    transfer(move);
-  } else {
-    transfer_aligned(move);
-  }
-  if (!move.is_write && move.error == 0) make_checksums(move);
+  if (move.is_write) make_checksums(move, move.records);
+  transfer(move);
+  if (!move.is_write && move.error == 0) make_checksums(move, move.records);
 }
 
 }  // namespace

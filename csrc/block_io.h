@@ -1,5 +1,6 @@
 // Threads that move records between memory and a file, and make the checksums of what they moved.
-// They know no slots and no Python: descriptors, addresses, bytes.
+// They know no slots and no Python: descriptors, addresses, bytes. They also pack blocks on their
+// way to the file and unpack them on their way back.
 //
 // Threads and not io_uring: a bare ring (plain and registered buffers) read 1 MiB and 256 KiB
 // records under O_DIRECT at 0.9 to 1.0 times the rate of as many threads with pread, at queue depths
@@ -18,28 +19,40 @@
 #include <utility>
 #include <vector>
 
+#include "paged_attention.h"
+
 namespace hf_tiered_cache {
 
 // `Move::error` is an errno, or one of these.
 constexpr int kEndOfFile = -1;  // nothing more came through
 constexpr int kCancelled = -2;  // its turn never came, or a move it had to follow failed
+constexpr int kUnpackable = -3;  // a record that was to be packed cannot be; nothing was written
+
+// How blocks in memory become records of a file, and records blocks again.
+struct Packing {
+  const Kernels* kernels = nullptr;  // null: they are the same bytes
+  PackParams shape = {};
+  std::size_t record_bytes = 0;
+};
 
 // Consecutive records of a file to be moved in one go, and what came of it. The owner keeps the
 // memory of the records until `is_done`. All that a thread needs but aligned memory is allocated
 // here, by the owner's thread.
 struct Move {
-  Move(std::vector<iovec> records, bool is_write, bool is_direct)
+  Move(std::vector<iovec> records, bool is_write, bool is_direct, Packing packing)
       : is_write(is_write),
         is_direct(is_direct),
+        packing(packing),
         records(std::move(records)),
         left(this->records),
         checksums(this->records.size()) {}
 
   bool is_write = false;
   bool is_direct = false;  // the descriptor wants offsets and memory in multiples of 4096
+  Packing packing;
   int fd = -1;
   int64_t offset = 0;
-  std::vector<iovec> records;
+  std::vector<iovec> records;  // in memory
   std::vector<std::shared_ptr<Move>> after;  // end before this one begins; were submitted before
 
   // Written by one thread before `is_done`, never after.

@@ -14,6 +14,7 @@ namespace hf_tiered_cache {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Blocks of one layer: [K then V][kv_heads][block_tokens][head_dim] at blocks + slot * slot_bytes.
+// Where a table that is attended has ~slot, the block there is encoded (packed_blocks.h).
 struct BlockView {
   const uint8_t* blocks;
   int64_t slot_bytes;
@@ -90,6 +91,14 @@ struct AppendParams {
   int num_threads;
 };
 
+// A block of bfloat16 and its shape, for packed_blocks.h.
+struct PackParams {
+  int64_t kv_heads;
+  int64_t block_tokens;
+  int64_t key_dim;
+  int64_t value_dim;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -98,6 +107,10 @@ struct Kernels {
   // Reads every byte of the planes that `attend` would read, in the same pieces on the same
   // threads, and does nothing with them: the bandwidth the machine has to offer.
   uint32_t (*read_probe)(const AttentionParams&);
+  // The same bytes on every instruction set. Packing says whether the block could be packed; if
+  // not, what is at `packed` is undefined.
+  bool (*pack)(const PackParams&, const uint8_t* raw, uint8_t* packed);
+  void (*unpack)(const PackParams&, const uint8_t* packed, uint8_t* raw);
 };
 
 // One entry per known kernel, the preferred first; `reason` is null for those that can run here.

@@ -24,6 +24,7 @@ FLOORS = {
     "transfers": 1,
     "config": 2,
     "observe": 2,
+    "store": 2,
     "kernels": 3,
     "devices": 4,
     "tiers": 5,

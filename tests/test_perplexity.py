@@ -255,7 +255,11 @@ def test_texts_of_files_folders_and_parquet(tmp_path):
     assert texts("saved", column="body") == ["first", "second"]
     with pytest.raises(DataError, match=r"--column text .*columns of text: body"):
         texts("rows.parquet")
-    with pytest.raises(DataError, match=r"no such file or folder; expected stdlib, a text"):
+    (reference,) = documents.read_texts(documents.LANGUAGE_REFERENCE)
+    assert len(reference.text) > 300_000 and 'The "with" statement' in reference.text
+    with pytest.raises(
+        DataError, match=r"no such file or folder; expected stdlib, python-reference, a"
+    ):
         list(documents.read_texts("nowhere"))
 
 

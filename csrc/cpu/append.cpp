@@ -23,10 +23,12 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
       std::to_string(view.num_slots - 1));
 }
 
-void check_columns(const BlockView& view, int64_t batch, int64_t first, int64_t last) {
+void check_columns(const BlockView& view, int64_t batch, int64_t first, int64_t last,
+                   bool may_be_packed) {
   for (int64_t sequence = 0; sequence < batch; ++sequence) {
     for (int64_t column = first; column < last; ++column) {
-      const int64_t slot = view.table[sequence * view.table_stride + column];
+      int64_t slot = view.table[sequence * view.table_stride + column];
+      if (slot < 0 && may_be_packed) slot = ~slot;
       if (slot < 0 || slot >= view.num_slots) refuse_slot(view, sequence, column);
     }
   }
@@ -70,14 +72,15 @@ void append_item(void* context, int64_t item) {
 }  // namespace
 
 void check_slots(const AttentionParams& params) {
-  check_columns(params.view, params.batch, 0, params.view.num_columns);
+  check_columns(params.view, params.batch, 0, params.view.num_columns,
+                params.dtype == DType::kBFloat16);
 }
 
 void append_tokens(const AppendParams& params) {
   const BlockView& view = params.view;
   if (params.tokens == 0) return;
   check_columns(view, params.batch, params.start_token / view.block_tokens,
-                divide_up(params.start_token + params.tokens, view.block_tokens));
+                divide_up(params.start_token + params.tokens, view.block_tokens), false);
   const int64_t rows = params.batch * view.kv_heads;
   const int64_t bytes = rows * params.tokens * (view.key_dim + view.value_dim) *
                         params.element_bytes;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../online_softmax.h"
-#include "geometry.h"
+#include "packing.h"
 
 namespace hf_tiered_cache {
 namespace HTC_ISA {
@@ -380,7 +380,8 @@ void PrepareQuery(const DecodeCall<kType>& call) {
 }
 
 // The partial of one (sequence, column, kv_head), for all rows of the head's group. next_keys, or
-// null: the keys that this thread reads next.
+// null: the keys that this thread reads next. A packed block is unpacked by tiles, into what stays in
+// the L1 cache (kKeyTile tokens of keys, a value tile), and attended as a raw one is.
 template <DType kType>
 void BlockPartial(const DecodeCall<kType>& call, int64_t sequence, int64_t column, int64_t kv_head,
                   const Element<kType>* next_keys) {
@@ -398,40 +399,46 @@ void BlockPartial(const DecodeCall<kType>& call, int64_t sequence, int64_t colum
     return;
   }
   const int64_t position = range.position + range.begin;
-  float* scores = static_cast<float*>(scratch(
-      Scratch::kWorker,
-      (rows * call.score_stride + rows * call.acc_stride) * 4 + p.view.block_tokens + 64));
+  const int64_t tile = ValueTile(p.view.value_dim * int64_t{sizeof(Element<kType>)});
+  const int64_t plane_bytes = PlaneBytes(p.view, kKeyTile, tile);
+  const int64_t used_bytes = RoundUp(p.view.block_tokens, 64);
+  float* scores = static_cast<float*>(
+      scratch(Scratch::kWorker, (rows * call.score_stride + rows * call.acc_stride) * 4 +
+                                    used_bytes + plane_bytes + 64));
   float* acc = scores + rows * call.score_stride;
   auto* used = reinterpret_cast<uint8_t*>(acc + rows * call.acc_stride);
+  const Planes<kType> planes =
+      PlanesOf<kType>(p, sequence, column, kv_head, kKeyTile, used + used_bytes);
+  const bool is_packed = planes.keys.bases != nullptr;
+  const bool has_prefetch = p.has_prefetch && !is_packed;
 
   // pass 1: scores
-  const Element<kType>* keys =
-      KeyPlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.key_dim;
-  const Element<kType>* values =
-      ValuePlane<kType>(p, sequence, column, kv_head) + range.begin * p.view.value_dim;
-  const int64_t tile = ValueTile(p.view.value_dim * int64_t{sizeof(Element<kType>)});
   const float* query =
       call.query + (sequence * all_rows + first_row) * call.query_stride;
   const DecodePlan<kType>& plan = *call.plan;
-  const int64_t step = plan.num_score_passes == 1 ? tokens : kKeyTile;
+  const int64_t step = plan.num_score_passes == 1 && !is_packed ? tokens : kKeyTile;
   for (int64_t t = 0; t < tokens; t += step) {
+    const int64_t end = Min(t + step, tokens);
+    const Element<kType>* keys = planes.keys.Tokens(range.begin + t, range.begin + end);
     for (int i = 0; i < plan.num_score_passes; ++i) {
       const auto& pass = plan.score_passes[i];
-      pass.score(keys + t * p.view.key_dim, p.view.key_dim, Min(step, tokens - t),
+      pass.score(keys, p.view.key_dim, end - t,
                  query + pass.row * call.query_stride, call.query_stride,
                  scores + pass.row * call.score_stride + t, call.score_stride,
-                 p.has_prefetch && i == 0);
+                 has_prefetch && i == 0);
     }
   }
 
   // pass 2: weights, while the first values come in
-  const int64_t first_values = p.has_prefetch ? Min(tile, tokens) * p.view.value_dim : 0;
-  const int64_t row_values = RoundUp(first_values / rows, kChunk);
+  const Element<kType>* first_values =
+      has_prefetch ? planes.values.Tokens(range.begin, range.begin + 1) : nullptr;
+  const int64_t row_values =
+      has_prefetch ? RoundUp(Min(tile, tokens) * p.view.value_dim / rows, kChunk) : 0;
   int64_t head = kv_head * group;
   int64_t query_number = 0;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < row_values; i += kChunk) {
-      PrefetchElements<kChunk>(values + row * row_values + i);
+      PrefetchElements<kChunk>(first_values + row * row_values + i);
     }
     const int64_t end = Max(0, CausalEnd(p, range, query_number) - range.begin);
     float* row_scores = scores + row * call.score_stride;
@@ -453,12 +460,12 @@ void BlockPartial(const DecodeCall<kType>& call, int64_t sequence, int64_t colum
   for (int64_t i = 0; i < rows * call.acc_stride; i += kLanes) Store(acc + i, VecF{});
   const int64_t weight_step = kUsesDot<kType> ? 2 : 1;  // weights per float of `scores`
   for (int64_t t = 0; t < tokens; t += tile) {
-    const Element<kType>* from = values + t * p.view.value_dim;
-    const Element<kType>* next = t + tile < tokens ? from + tile * p.view.value_dim : next_keys;
-    AddValueTile<kType>(plan, from, p.view.value_dim, Min(tile, tokens - t),
-                        scores + t / weight_step, call.score_stride,
-                        p.mask == nullptr ? nullptr : used + t, acc, call.acc_stride,
-                        p.has_prefetch ? next : nullptr);
+    const int64_t end = Min(t + tile, tokens);
+    const Element<kType>* from = planes.values.Tokens(range.begin + t, range.begin + end);
+    const Element<kType>* next = end < tokens ? from + tile * p.view.value_dim : next_keys;
+    AddValueTile<kType>(plan, from, p.view.value_dim, end - t, scores + t / weight_step,
+                        call.score_stride, p.mask == nullptr ? nullptr : used + t, acc,
+                        call.acc_stride, has_prefetch ? next : nullptr);
   }
 
   // pass 4: back into the order of memory

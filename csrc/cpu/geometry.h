@@ -14,13 +14,22 @@ HTC_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 HTC_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 HTC_INLINE int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A complemented slot in the table holds an encoded block, see packing.h.
+HTC_INLINE bool IsPacked(const BlockView& view, int64_t sequence, int64_t column) {
+  return view.table[sequence * view.table_stride + column] < 0;
+}
+
+HTC_INLINE const uint8_t* BlockStart(const BlockView& view, int64_t sequence, int64_t column) {
+  const int64_t slot = view.table[sequence * view.table_stride + column];
+  return view.blocks + (slot < 0 ? ~slot : slot) * view.slot_bytes;
+}
+
+// Where the keys of a head lie in a raw block.
 template <DType kType>
 HTC_INLINE const Element<kType>* KeyPlane(const AttentionParams& p, int64_t sequence,
                                           int64_t column, int64_t kv_head) {
   const BlockView& view = p.view;
-  const int64_t slot = view.table[sequence * view.table_stride + column];
-  const auto* block =
-      reinterpret_cast<const Element<kType>*>(view.blocks + slot * view.slot_bytes);
+  const auto* block = reinterpret_cast<const Element<kType>*>(BlockStart(view, sequence, column));
   return block + kv_head * view.block_tokens * view.key_dim;
 }
 

@@ -80,8 +80,7 @@ void ProbeItem(void* context, int64_t item) {
   const int64_t kv_head = item % view.kv_heads;
   const int64_t column = item / view.kv_heads % view.num_columns;
   const int64_t sequence = item / view.kv_heads / view.num_columns;
-  const int64_t slot = view.table[sequence * view.table_stride + column];
-  const uint8_t* block = view.blocks + slot * view.slot_bytes;
+  const uint8_t* block = BlockStart(view, sequence, column);
   const int64_t key_bytes = view.block_tokens * view.key_dim * call.element_bytes;
   const int64_t value_bytes = view.block_tokens * view.value_dim * call.element_bytes;
   const VecU read = ReadPlane(block + kv_head * key_bytes, key_bytes) ^
@@ -101,7 +100,8 @@ uint32_t ReadProbe(const AttentionParams& p) {
 #define HTC_STRING_OF(name) #name
 #define HTC_STRING(name) HTC_STRING_OF(name)
 extern const Kernels kKernels;
-const Kernels kKernels = {HTC_STRING(HTC_ISA), Attend, Finish, ReadProbe};
+const Kernels kKernels = {HTC_STRING(HTC_ISA), Attend, Finish, ReadProbe,
+                          PackBlock, UnpackBlock};
 
 }  // namespace HTC_ISA
 }  // namespace hf_tiered_cache

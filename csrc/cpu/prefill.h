@@ -9,7 +9,7 @@
 #pragma once
 
 #include "../online_softmax.h"
-#include "geometry.h"
+#include "packing.h"
 
 namespace hf_tiered_cache {
 namespace HTC_ISA {
@@ -213,6 +213,7 @@ struct PrefillBuffers {
   float* scores;       // [kBlockRows][score_stride]
   float* keep;         // [kBlockRows]
   uint8_t* used;       // [kTileTokens]
+  void* planes;        // for a tile of unpacked tokens
 };
 
 HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
@@ -225,7 +226,9 @@ HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
   const int64_t floats = padded * (b.query_stride + b.acc_stride + 4) +
                          (p.view.key_dim + 2 + b.value_stride) * (kTileTokens + kPanel) +
                          kBlockRows * (b.score_stride + kLanes) + 16 * kLanes;
-  float* next = static_cast<float*>(scratch(Scratch::kWorker, floats * 4 + kTileTokens));
+  float* next = static_cast<float*>(
+      scratch(Scratch::kWorker, floats * 4 + kTileTokens +
+                                    PlaneBytes(p.view, kTileTokens, kTileTokens)));
   const auto take = [&next](int64_t count) {
     float* taken = next;
     next += RoundUp(count, 16);
@@ -242,6 +245,7 @@ HTC_INLINE PrefillBuffers CarveBuffers(const AttentionParams& p, int64_t rows) {
   b.scores = take(kBlockRows * b.score_stride);
   b.keep = take(kBlockRows);
   b.used = reinterpret_cast<uint8_t*>(next);
+  b.planes = b.used + kTileTokens;
   return b;
 }
 
@@ -261,10 +265,10 @@ void AttendTile(const AttentionParams& p, const PrefillBuffers& b, int64_t seque
                   position, tokens, b.used);
     used = b.used;
   }
-  PackKeys<kType>(KeyPlane<kType>(p, sequence, column, kv_head) + begin * p.view.key_dim,
-                  p.view.key_dim, tokens, b.keys);
-  const Element<kType>* values =
-      ValuePlane<kType>(p, sequence, column, kv_head) + begin * value_dim;
+  const Planes<kType> planes =
+      PlanesOf<kType>(p, sequence, column, kv_head, kTileTokens, b.planes);
+  PackKeys<kType>(planes.keys.Tokens(begin, end), p.view.key_dim, tokens, b.keys);
+  const Element<kType>* values = planes.values.Tokens(begin, end);
   const float* packed_values = b.values;
   int64_t value_stride = b.value_stride;
   if (kType == DType::kFloat32 && used == nullptr && value_dim % kLanes == 0) {

@@ -282,6 +282,20 @@ class KVBlockManager:
         self._touch(table.layer)
         return block
 
+    def adopt(self, table: BlockTable, rung: int, slots: Sequence[int]) -> None:
+        """Let an empty table begin with full blocks that lie in these slots of a rung; all rows
+        share them."""
+        column = []
+        for index, slot in enumerate(slots):
+            block = KVBlock(table.layer, index, self.num_tiers)
+            block.slots[rung] = slot
+            block.ref_count = table.batch
+            column.append(block)
+        for row in table.rows:
+            row[:] = column
+        table.num_tokens = len(slots) * table.layout.block_tokens  # last: whoever mends goes by it
+        self._touch(table.layer)
+
     def advance(self, table: BlockTable, num_tokens: int) -> list[KVBlock]:
         """Count `num_tokens` more tokens, already written; return the blocks that became full."""
         first_full = table.num_tokens // table.layout.block_tokens

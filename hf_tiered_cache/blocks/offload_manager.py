@@ -56,7 +56,8 @@ class OffloadManager:
         of its own where none is given. demotion: by age where none is given."""
         device = tiers[DEVICE]
         assert isinstance(device, DeviceTier)
-        assert all(tier.has_addresses for tier in tiers[:-1]), "a store reads memory"
+        *written, _ = [tier for tier in tiers if not tier.is_read_only]
+        assert all(tier.has_addresses for tier in written), "a store reads memory"
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
@@ -150,6 +151,28 @@ class OffloadManager:
         self._check_held(table)
         with self.blocks.changing:
             return self.blocks.fork(table)
+
+    def adopt(self, table: BlockTable, slots: Sequence[int]) -> None:
+        """Let an empty table begin with full blocks that lie in these slots of the last rung, which
+        is read-only; all rows share them."""
+        self._check_open()
+        self._tidy()
+        with self.blocks.changing:
+            self.blocks.adopt(table, self._capacity.last_rung, slots)
+
+    def export(self, table: BlockTable, block: KVBlock, out: torch.Tensor) -> None:
+        """Copy the bytes of a full block of a table, wherever they are, into memory of the CPU,
+        uint8 `[block_bytes]`. From any thread. Raises TierIOError, ClosedCacheError."""
+        with self.lock:
+            self._check_held(table)
+            rung = block.highest
+            slot, tier = block.slots[rung], self.tiers[rung]
+            assert slot is not None
+            if tier.has_addresses:
+                out.copy_(tier.block(slot))
+                return
+            transfer = tier.read([slot], [out])
+        transfer.wait()
 
     def append(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens behind the last ones of every row; older blocks are demoted to make room.

@@ -3,15 +3,16 @@
 The words and signatures of transformers end here, in `cache_layers.py` and in `attention.py`.
 """
 
+import contextlib
 import copy
 import operator
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Never
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -38,9 +39,11 @@ from hf_tiered_cache.integration.compat import DummyLayer
 from hf_tiered_cache.integration.forward_guard import RESET, ForwardGuard
 from hf_tiered_cache.integration.paged_states import ModelIdentity
 from hf_tiered_cache.integration.savepoint import Savepoint
+from hf_tiered_cache.integration.stored_prefix import StoredPrefix, one_row, restore_layers
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.observe.metrics import CacheStats
 from hf_tiered_cache.sizes import AUTO
+from hf_tiered_cache.store.block_store import BlockStore
 
 
 class TieredCache(DynamicCache):
@@ -70,6 +73,8 @@ class TieredCache(DynamicCache):
             "module:Class", with their bytes (docs/extending.md).
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
+        store: a `BlockStore`: `restore` finds prefixes there, `publish` puts full blocks there
+            (docs/reuse.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
@@ -99,6 +104,7 @@ class TieredCache(DynamicCache):
         cpu_share: float | str = AUTO,
         extra_tiers: Mapping[str, int | str] | None = None,
         demotion: str = "by_age",
+        store: BlockStore | None = None,
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
         offloading: bool = False,
@@ -136,7 +142,10 @@ class TieredCache(DynamicCache):
         layers = DynamicCache(config=config).layers
         tiered_types = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         num_tiered = sum(type(layer) in tiered_types for layer in layers)
-        pool = BlockMemory(tiers, expected_tables=num_tiered)
+        if store is not None and not isinstance(store, BlockStore):
+            raise ConfigError(f"store={store!r}: expected a BlockStore or None")
+        self._stored = None if store is None else StoredPrefix(store)
+        pool = BlockMemory(tiers, expected_tables=num_tiered, store=store)
         self._own(pool)
         attention.enable()
         Cache.__init__(self, layers=layers)
@@ -180,6 +189,93 @@ class TieredCache(DynamicCache):
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
     _update_uncompiled = torch.compiler.disable(update)
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where it finds prefixes and puts full blocks."""
+        return None if self._stored is None else self._stored.store
+
+    def restore(self, input_ids: Any, model: PreTrainedModel) -> int:
+        """Begin with the longest prefix of `input_ids` that the store has of this model; the number
+        of its tokens, a multiple of `block_tokens`. `generate` then computes only the rest.
+
+        input_ids: ints `[tokens]`, or `[rows, tokens]` with equal rows, which then share what is
+        found. At least one token is left to be computed. Nothing is loaded before it is attended;
+        a block whose bytes turn out to be wrong is a TierIOError of the forward that reads it, and
+        is not found again. Raises UnsupportedInputError for other ids, or where the cache holds
+        tokens, ConfigError where it has no store.
+        """
+        stored = self._stored_prefix()
+        ids, num_rows = one_row(input_ids)
+        if self.get_seq_length():
+            raise UnsupportedInputError(
+                f"restore() into a cache that holds {self.get_seq_length()} tokens: reset() it, or"
+                " make a new one"
+            )
+        with self._alone():
+            stored.reset()
+            found = stored.find(ids, model, self.layers, self._block_tokens() or None)
+            num_tokens = restore_layers(found, self.layers, model, num_rows)
+            stored.begins_with(ids[:num_tokens].expand(num_rows, -1))
+        return num_tokens
+
+    def publish(self, input_ids: Any = None, model: PreTrainedModel | None = None) -> int:
+        """Hand the full blocks that the store lacks to its publishing thread; the number of blocks.
+        `store.flush()` waits until they are written.
+
+        Which tokens are held is known from the forwards that brought them; input_ids: compared with
+        that (as far as it goes), where given. model: see to it that its weights are still those the
+        tokens were computed with. Blocks of tokens that came otherwise than as plain ids (padding,
+        embeddings, positions of one's own) are not published: counted in `store.stats()`, and told
+        once. Raises UnsupportedInputError for other ids, ConfigError without a store.
+        """
+        stored = self._stored_prefix()
+        with self._alone():
+            if input_ids is not None:
+                stored.check_same(input_ids)
+            published = stored.published(self.layers, self._owned, model)
+        return 0 if published is None else published.submit()
+
+    def before_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], None] | None:
+        """A forward of `model` begins; what is to be done when it went through.
+
+        Assisted decoding of transformers (5.17 to 5.23, with any cache) gives the whole sequence
+        once more to a model whose cache holds its beginning: that is cut off here. Raises
+        UnsupportedInputError where it cannot be.
+        """
+        stored = self._stored
+        if stored is None:
+            return None
+        held = self.get_seq_length()
+        stored.cut_what_is_held(kwargs, held)
+        if stored.is_publishing and held:
+            self.publish()  # what was held when the next forward begins will stay
+        return stored.told(model, args, kwargs, held).note
+
+    @property
+    def restored_tokens(self) -> int:
+        """Of the tokens held, those that came from the store."""
+        return 0 if self._stored is None else self._stored.restored_tokens
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """While the `with` block runs, full blocks are published when the next forward begins, and
+        the last ones behind it, unless it raises."""
+        stored = self._stored_prefix()
+        stored.is_publishing = True
+        try:
+            yield
+            self.publish()
+        finally:
+            stored.is_publishing = False
+
+    def _stored_prefix(self) -> StoredPrefix:
+        self._check_open()
+        if self._stored is None:
+            raise ConfigError("this cache has no store: TieredCache(config, store=BlockStore(...))")
+        return self._stored
 
     def _check_layer(self, layer_idx: int) -> int:
         """`layer_idx` as an int; raises UnsupportedInputError for anything that is no index."""
@@ -350,6 +446,8 @@ class TieredCache(DynamicCache):
             # Those that may refuse come first.
             for layer in sorted(self.layers, key=lambda layer: type(layer) is TieredLayer):
                 layer.crop(tokens_to_remove)
+            if self._stored is not None:
+                self._stored.crop(super().get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search; tiered layers share blocks instead of copying."""
@@ -376,6 +474,8 @@ class TieredCache(DynamicCache):
                     layer.select_rows(rows)  # the first one raises if a row does not exist
                 else:
                     layer.reorder_cache(index)
+            if self._stored is not None:
+                self._stored.select(rows)
 
     def _check_whole(self) -> None:
         for layer in self.layers:
@@ -402,6 +502,8 @@ class TieredCache(DynamicCache):
         self._guard.give_up()
         with self._alone(RESET):
             super().reset()
+            if self._stored is not None:
+                self._stored.reset()
 
     def _in_forward(self, layer_idx: int, brings_tokens: bool = False) -> ForwardGuard:
         """While a forward is at this layer. Raises CacheInUseError."""
@@ -493,10 +595,12 @@ class TieredCache(DynamicCache):
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork
             for name, value in vars(self).items():
-                if name not in ("_owned", "_guard", "layers"):
+                if name not in ("_owned", "_guard", "_stored", "layers"):
                     setattr(fork, name, copy.deepcopy(value, memo))
             fork._own(self._owned.pool)
+            fork._stored = None if self._stored is None else self._stored.copy()
             fork._owned.model = ModelIdentity(self._owned.model)
+            fork._owned.was_assigned = self._owned.was_assigned
             fork.layers = [
                 layer.fork(fork._owned)
                 if isinstance(layer, TieredLayer)

@@ -112,6 +112,9 @@ class Tier(Registered, ABC, kind="tier"):
     """Whether its blocks lie in `slab`, where kernels attend them and lower tiers store them from.
     Of the tiers of a cache only the last may be without."""
 
+    is_read_only: ClassVar[bool] = False
+    """Whether its blocks come from elsewhere: nothing is demoted to it. Such a tier is the last."""
+
     def __init__(self, block_bytes: int, budget: Budget) -> None:
         """Raises ConfigError when `block_bytes` is no multiple of 4096."""
         check_block_bytes(block_bytes)

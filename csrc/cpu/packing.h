@@ -1,0 +1,287 @@
+// Packing and unpacking of bfloat16 blocks, see packed_blocks.h. Included once per instruction set,
+// see vector.h.
+//
+// All vectors are of 16 values here: the same bytes come out whatever the instruction set is.
+#pragma once
+
+#include "../packed_blocks.h"
+#include "geometry.h"
+
+namespace hf_tiered_cache {
+namespace HTC_ISA {
+namespace {
+
+typedef uint16_t Words __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+constexpr int64_t kWords = 16;
+
+HTC_INLINE Words Widen(Bytes bytes) { return __builtin_convertvector(bytes, Words); }
+HTC_INLINE Bytes ToBytes(Words words) { return __builtin_convertvector(words, Bytes); }
+HTC_INLINE Words Rotate(Words words) { return (words << 1) | (words >> 15); }
+HTC_INLINE Words Smaller(Words a, Words b) { return a < b ? a : b; }
+HTC_INLINE Words Larger(Words a, Words b) { return a > b ? a : b; }
+
+HTC_INLINE bool HasAny(Words words) {
+  uint64_t parts[4];
+  Store(parts, words);
+  return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
+}
+
+HTC_INLINE uint16_t LoadWord(const uint8_t* from) {
+  uint16_t word;
+  __builtin_memcpy(&word, from, 2);
+  return word;
+}
+
+// ---- unpacking ----------------------------------------------------------------------------------
+
+// Room, in words, for the bases of a plane's channels and for `tokens` unpacked tokens.
+HTC_INLINE int64_t BaseWords(int64_t dim) { return dim + kPackedGroup; }
+HTC_INLINE int64_t UnpackedWords(int64_t tokens, int64_t dim) {
+  return tokens * dim + 2 * kPackedGroup;
+}
+
+// The bases where an exponent is in a bfloat16, and once more from the first: 32 of them can be
+// read from any channel on.
+HTC_INLINE void WidenBases(const uint8_t* bases, int64_t dim, uint16_t* wide) {
+  for (int64_t i = 0; i < dim; ++i) wide[i] = static_cast<uint16_t>(bases[i] << 7);
+  for (int64_t i = dim; i < BaseWords(dim); ++i) wide[i] = wide[i - dim];
+}
+
+HTC_INLINE void UnpackGroup(const uint8_t* low, const uint8_t* codes, const uint16_t* bases,
+                            uint16_t* to) {
+  const Words both = Widen(Load<Bytes>(codes));
+  HTC_UNROLL for (int half = 0; half < 2; ++half) {
+    const Words code = (half == 0 ? both << 7 : both << 3) & (kZeroCode << 7);
+    const Words exponent = (Load<Words>(bases + half * kWords) - code) &
+                           (Words)(code != (kZeroCode << 7));
+    const Words rotated = Widen(Load<Bytes>(low + half * kWords));
+    Store(to + half * kWords, exponent | (rotated >> 1) | (rotated << 15));
+  }
+}
+
+// The tokens [begin, end) of an encoded plane, which has `tokens`, unpacked into `room`; where the
+// first of them is there.
+HTC_INLINE const uint16_t* UnpackTokens(const uint8_t* plane, int64_t tokens, int64_t dim,
+                                        int64_t begin, int64_t end, const uint16_t* bases,
+                                        uint16_t* room) {
+  const PackedPlane parts = packed_plane(tokens, dim);
+  const int64_t first = begin * dim / kPackedGroup * kPackedGroup;
+  const int64_t last = end * dim;
+  int64_t channel = first % dim;
+  for (int64_t i = first; i < last; i += kPackedGroup) {
+    UnpackGroup(plane + i, plane + parts.codes + i / 2, bases + channel, room + (i - first));
+    channel += kPackedGroup;
+    while (channel >= dim) channel -= dim;
+  }
+  const uint8_t* exceptions = plane + parts.exceptions;
+  const int64_t count = Min(LoadWord(exceptions), parts.most);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t index = LoadWord(exceptions + 2 + 2 * i);
+    if (index >= first && index < last) {
+      room[index - first] = LoadWord(exceptions + 2 + 2 * (parts.most + i));
+    }
+  }
+  return room + (begin * dim - first);
+}
+
+// One plane of a block, as the kernels read it.
+template <DType kType>
+struct Plane {
+  const uint8_t* start;
+  int64_t tokens;
+  int64_t dim;
+  const uint16_t* bases;  // null: the plane is raw
+  uint16_t* room;         // for as many tokens as are asked for at once
+
+  // The tokens [begin, end), until the next ones are asked for.
+  HTC_INLINE const Element<kType>* Tokens(int64_t begin, int64_t end) const {
+    if constexpr (kType == DType::kBFloat16) {
+      if (bases != nullptr) return UnpackTokens(start, tokens, dim, begin, end, bases, room);
+    }
+    return reinterpret_cast<const Element<kType>*>(start) + begin * dim;
+  }
+};
+
+// Memory, in bytes, for the two planes of a block of which so many tokens are read at once.
+HTC_INLINE int64_t PlaneBytes(const BlockView& view, int64_t key_tokens, int64_t value_tokens) {
+  return 2 * (BaseWords(view.key_dim) + UnpackedWords(key_tokens, view.key_dim) +
+              BaseWords(view.value_dim) + UnpackedWords(value_tokens, view.value_dim));
+}
+
+template <DType kType>
+struct Planes {
+  Plane<kType> keys;
+  Plane<kType> values;
+};
+
+// The planes of one head of a block. memory: of `PlaneBytes`, used where the block is packed.
+template <DType kType>
+HTC_INLINE Planes<kType> PlanesOf(const AttentionParams& p, int64_t sequence, int64_t column,
+                                  int64_t kv_head, int64_t key_tokens, void* memory) {
+  const BlockView& view = p.view;
+  const int64_t tokens = view.block_tokens, key_dim = view.key_dim, value_dim = view.value_dim;
+  if (kType != DType::kBFloat16 || !IsPacked(view, sequence, column)) {
+    const auto* key_plane = KeyPlane<kType>(p, sequence, column, kv_head);
+    const auto* value_plane = ValuePlane<kType>(p, sequence, column, kv_head);
+    return {{reinterpret_cast<const uint8_t*>(key_plane), tokens, key_dim, nullptr, nullptr},
+            {reinterpret_cast<const uint8_t*>(value_plane), tokens, value_dim, nullptr, nullptr}};
+  }
+  const PackedPlane key_parts = packed_plane(tokens, key_dim);
+  const PackedPlane value_parts = packed_plane(tokens, value_dim);
+  const uint8_t* keys = BlockStart(view, sequence, column) + kv_head * key_parts.num_bytes;
+  const uint8_t* values = BlockStart(view, sequence, column) +
+                          view.kv_heads * key_parts.num_bytes + kv_head * value_parts.num_bytes;
+  auto* key_bases = static_cast<uint16_t*>(memory);
+  uint16_t* key_room = key_bases + BaseWords(key_dim);
+  uint16_t* value_bases = key_room + UnpackedWords(key_tokens, key_dim);
+  uint16_t* value_room = value_bases + BaseWords(value_dim);
+  WidenBases(keys + key_parts.bases, key_dim, key_bases);
+  WidenBases(values + value_parts.bases, value_dim, value_bases);
+  return {{keys, tokens, key_dim, key_bases, key_room},
+          {values, tokens, value_dim, value_bases, value_room}};
+}
+
+void UnpackPlane(const uint8_t* plane, int64_t tokens, int64_t dim, uint16_t* to) {
+  uint16_t bases[kMostPackedDim + kPackedGroup];
+  WidenBases(plane + packed_plane(tokens, dim).bases, dim, bases);
+  if (tokens * dim % kPackedGroup == 0) {
+    UnpackTokens(plane, tokens, dim, 0, tokens, bases, to);
+    return;
+  }
+  uint16_t room[2 * kMostPackedDim + 2 * kPackedGroup];
+  const int64_t step = 2 * kMostPackedDim / dim;
+  for (int64_t t = 0; t < tokens; t += step) {
+    const int64_t end = Min(t + step, tokens);
+    __builtin_memcpy(to + t * dim, UnpackTokens(plane, tokens, dim, t, end, bases, room),
+                     (end - t) * dim * 2);
+  }
+}
+
+// ---- packing ------------------------------------------------------------------------------------
+
+// The smallest base from which four bits reach most of a channel's exponents.
+uint8_t BestBase(const uint16_t* values, int64_t tokens, int64_t dim) {
+  int32_t counts[256] = {};
+  for (int64_t t = 0; t < tokens; ++t) ++counts[(values[t * dim] >> 7) & 0xff];
+  int32_t reached = 0, most = 0;
+  int best = 0;
+  for (int base = 1; base < 256; ++base) {  // it reaches [base - 14, base], and 0 anyway
+    reached += counts[base];
+    if (base > kZeroCode) reached -= counts[base - kZeroCode];
+    if (reached > most) {
+      most = reached;
+      best = base;
+    }
+  }
+  return static_cast<uint8_t>(best);
+}
+
+// `count` <= 16 channels from `values` on.
+HTC_INLINE void FindBases(const uint16_t* values, int64_t tokens, int64_t dim, int64_t count,
+                          uint8_t* bases) {
+  Words largest = {}, smallest = ~Words{};
+  if (count == kWords) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Words exponent = (Load<Words>(values + t * dim) >> 7) & 0xff;
+      largest = Larger(largest, exponent);
+      smallest = Smaller(smallest, exponent - 1);  // an exponent of 0 does not count
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = 0; i < count; ++i) {
+        const uint16_t exponent = (values[t * dim + i] >> 7) & 0xff;
+        const uint16_t before = static_cast<uint16_t>(exponent - 1);
+        if (exponent > largest[i]) largest[i] = exponent;
+        if (before < smallest[i]) smallest[i] = before;
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const bool reaches_all = largest[i] == 0 || largest[i] - (smallest[i] + 1) < kZeroCode;
+    bases[i] = reaches_all ? static_cast<uint8_t>(largest[i])
+                           : BestBase(values + i, tokens, dim);
+  }
+}
+
+// Whether there was room for the exceptions.
+bool PackPlane(const uint16_t* values, int64_t tokens, int64_t dim, uint8_t* plane) {
+  const PackedPlane parts = packed_plane(tokens, dim);
+  __builtin_memset(plane + parts.bases, 0, parts.num_bytes - parts.bases);
+  uint8_t* bases = plane + parts.bases;
+  for (int64_t d = 0; d < dim; d += kWords) {
+    FindBases(values + d, tokens, dim, Min(kWords, dim - d), bases + d);
+  }
+  uint16_t wide[kMostPackedDim + kPackedGroup];
+  for (int64_t i = 0; i < BaseWords(dim); ++i) wide[i] = i < dim ? bases[i] : wide[i - dim];
+
+  const int64_t num_values = tokens * dim;
+  int64_t num_exceptions = 0;
+  int64_t channel = 0;
+  for (int64_t i = 0; i < num_values; i += kPackedGroup) {
+    uint16_t group[kPackedGroup] = {};
+    const bool is_whole = i + kPackedGroup <= num_values;
+    if (!is_whole) __builtin_memcpy(group, values + i, (num_values - i) * 2);
+    const uint16_t* from = is_whole ? values + i : group;
+    Words codes[2], missed[2];
+    HTC_UNROLL for (int half = 0; half < 2; ++half) {
+      const Words rotated = Rotate(Load<Words>(from + half * kWords));
+      const Words exponent = rotated >> 8;
+      const Words code = Load<Words>(wide + channel + half * kWords) - exponent;
+      const Words is_zero = (Words)(exponent == 0);
+      const Words is_far = (Words)(code >= kZeroCode);
+      Store(plane + i + half * kWords, ToBytes(rotated & 0xff));
+      codes[half] = is_zero | is_far ? Words{} + kZeroCode : code;
+      missed[half] = is_far & ~is_zero;
+    }
+    Store(plane + parts.codes + i / 2, ToBytes(codes[0] | (codes[1] << 4)));
+    if (HasAny(missed[0] | missed[1])) {
+      for (int64_t j = 0; j < kPackedGroup; ++j) {
+        if (missed[j / kWords][j % kWords] == 0) continue;
+        if (num_exceptions == parts.most) return false;
+        const uint16_t index = static_cast<uint16_t>(i + j);
+        uint8_t* to = plane + parts.exceptions + 2 + 2 * num_exceptions++;
+        __builtin_memcpy(to, &index, 2);
+        __builtin_memcpy(to + 2 * parts.most, from + j, 2);
+      }
+    }
+    channel += kPackedGroup;
+    while (channel >= dim) channel -= dim;
+  }
+  const uint16_t count = static_cast<uint16_t>(num_exceptions);
+  __builtin_memcpy(plane + parts.exceptions, &count, 2);
+  return true;
+}
+
+// ---- blocks -------------------------------------------------------------------------------------
+
+// Calls f(raw plane, packed plane, dim) for every plane of a block, until one returns false.
+template <class Function>
+bool EachPlane(const PackParams& p, uint8_t* raw, uint8_t* packed, const Function& f) {
+  for (int64_t plane = 0; plane < 2 * p.kv_heads; ++plane) {
+    const int64_t dim = plane < p.kv_heads ? p.key_dim : p.value_dim;
+    if (!f(reinterpret_cast<uint16_t*>(raw), packed, dim)) return false;
+    raw += p.block_tokens * dim * 2;
+    packed += packed_plane(p.block_tokens, dim).num_bytes;
+  }
+  return true;
+}
+
+bool PackBlock(const PackParams& p, const uint8_t* raw, uint8_t* packed) {
+  return EachPlane(p, const_cast<uint8_t*>(raw), packed,
+                   [&](const uint16_t* from, uint8_t* to, int64_t dim) {
+                     return PackPlane(from, p.block_tokens, dim, to);
+                   });
+}
+
+void UnpackBlock(const PackParams& p, const uint8_t* packed, uint8_t* raw) {
+  EachPlane(p, raw, const_cast<uint8_t*>(packed),
+            [&](uint16_t* to, const uint8_t* from, int64_t dim) {
+              UnpackPlane(from, p.block_tokens, dim, to);
+              return true;
+            });
+}
+
+}  // namespace
+}  // namespace HTC_ISA
+}  // namespace hf_tiered_cache

@@ -270,8 +270,7 @@ def restore_layers(
     try:
         for number, layer in enumerate(layers):
             device = devices.get(number, getattr(model, "device", torch.device("cpu")))
-            extents = [block.header.extents[number] for block in found]
-            layer.begin_with(_layout(found[0], number), device, found, extents, num_rows)
+            layer.begin_with(_layout(found[0], number), device, found, number, num_rows)
     except BaseException:
         for layer in layers:
             layer.reset()
@@ -318,15 +317,17 @@ def _default_block_tokens(model: torch.nn.Module) -> int:
 
 def _num_fitting(found: Sequence[OpenBlock], num_layers: int, block_tokens: int) -> int:
     """How many of the blocks, from the first, have just these layers."""
+    if not found or found[0].header.table["layer"].tolist() != list(range(num_layers)):
+        return 0
+    alike = (found[0].header.shapes, block_tokens)
     for number, block in enumerate(found):
-        layers = [extent.layer for extent in block.header.extents]
-        if layers != list(range(num_layers)) or block.header.num_tokens != block_tokens:
+        if (block.header.shapes, block.header.num_tokens) != alike:
             return number
     return len(found)
 
 
 def _layout(block: OpenBlock, layer: int) -> BlockLayout:
-    extent = block.header.extents[layer]
+    extent = block.header.extent(layer)
     kv_heads, block_tokens, key_dim, value_dim = extent.shape
     return BlockLayout(kv_heads, key_dim, value_dim, block_tokens, _DTYPES[extent.dtype])
 

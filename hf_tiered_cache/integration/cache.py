@@ -248,6 +248,11 @@ class TieredCache(DynamicCache):
             published = stored.published(self.layers, self._owned, model)
         return 0 if published is None else published.submit()
 
+    def block_names(self) -> tuple[bytes, list[bytes]] | None:
+        """(the model's namespace, the keys of the full blocks of the first row) as the store names
+        them; None where they have no name."""
+        return self._stored_prefix().names(self.layers, self._owned)
+
     def before_forward(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[], None] | None:

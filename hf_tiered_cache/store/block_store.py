@@ -78,7 +78,6 @@ class Listed:
     num_tokens: int
     number: int  # of the block in its sequence
     created_ns: int
-    used_ns: int
     is_pinned: bool
 
 
@@ -109,7 +108,7 @@ class BlockStore:
         root: the folder; made, mode 0700, where there is none.
         capacity_bytes: of all block files together, a hard cap over all processes (each of them
             writes a batch of up to 64 MiB beside it, unnamed, before it is let in). "auto": four
-            fifths of what is free.
+            fifths of what is free or held by it, and never less than it holds.
         eviction: which block leaves a full store: "lru", "fifo", "s3fifo", or a policy of your own
             as "module:Class".
         ingest: "all" that is published, or "hot": what is published for the second time.
@@ -156,10 +155,9 @@ class BlockStore:
         self.salt = salt.encode() if isinstance(salt, str) else salt
         self._durability = durability
         self._root_fd = _open_root(self.root)
-        if capacity == AUTO:
-            status = os.fstatvfs(self._root_fd)
-            capacity = int(AUTO_SHARE * status.f_bavail * status.f_frsize)
-        self.capacity_bytes = int(capacity)
+        status = os.fstatvfs(self._root_fd)
+        free_bytes = status.f_bavail * status.f_frsize
+        self.capacity_bytes = free_bytes if capacity == AUTO else int(capacity)
         self._policy: Callable[[int], EvictionPolicy] = policy
         self._mutex = threading.RLock()
         self._lock_fd = os.open(
@@ -173,6 +171,10 @@ class BlockStore:
         self.publisher = Publisher(self._publishing_failed)
         with self._locked():
             self._catch_up()
+            if capacity == AUTO:
+                free_bytes += self._index.num_bytes
+                self.capacity_bytes = max(int(AUTO_SHARE * free_bytes), self._index.num_bytes)
+                self._index.policy.capacity_bytes = self.capacity_bytes
 
     # Reading
 
@@ -422,7 +424,7 @@ class BlockStore:
             header = block.header
             yield Listed(
                 *(key.hex(), header.space.hex(), header.parent.hex(), status.st_size),
-                *(header.num_tokens, header.number, header.created_ns, status.st_mtime_ns),
+                *(header.num_tokens, header.number, header.created_ns),
                 key in pinned,
             )
             block.close()

@@ -15,6 +15,7 @@ from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.tiers.codecs import Bf16TwelveBit
 
 LEAST = SMALLEST[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Moody(Bf16TwelveBit, name="moody"):

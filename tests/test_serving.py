@@ -22,7 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_tiered_cache.serving.admission import Limits
 from hf_tiered_cache.serving.server import Server, Settings
 
+from chat_model import FIRST_BYTE, NUM_IDS
+
 CHUNK = 64
+END = 1  # the token that ends an answer
 MAX_QUEUED = 3
 MAX_RUNNING = 2
 BODY_LIMIT = 100_000
@@ -112,10 +115,10 @@ def served(folder, tmp_path_factory):
     served.close()
 
 
-def ascii_only() -> dict[str, float]:
+def letters_only() -> dict[str, float]:
     """A logit bias for letters only: what is said comes back as the same tokens."""
-    letters = [it for it in range(256) if not 64 <= it < 90]
-    return {str(it): -100.0 for it in letters} | {"256": -100.0, "257": -100.0, "258": -100.0}
+    letters = range(FIRST_BYTE + ord("a"), FIRST_BYTE + ord("z") + 1)
+    return {str(it): -100.0 for it in range(NUM_IDS) if it not in letters}
 
 
 def chat(served: Served, messages: list[dict], tokens: int = 12, key: str = "any", **more):
@@ -124,7 +127,7 @@ def chat(served: Served, messages: list[dict], tokens: int = 12, key: str = "any
         messages=messages,
         max_tokens=tokens,
         temperature=0,
-        logit_bias=ascii_only(),
+        logit_bias=letters_only(),
         **more,
     )
 
@@ -140,7 +143,7 @@ def expected(served: Served, messages: list[dict], tokens: int = 12) -> str:
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    bias = {(int(k),): v for k, v in ascii_only().items()}
+    bias = {(int(k),): v for k, v in letters_only().items()}
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, sequence_bias=bias)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -299,7 +302,7 @@ def raw_request(served: Served, body: dict, receive_buffer: int | None = None) -
 
 
 def long_request(tokens: int = 3000, stream: bool = True, prompt: str = "long") -> dict:
-    config = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    config = {"max_new_tokens": tokens, "do_sample": False, "suppress_tokens": [END]}
     return {
         "messages": [user(prompt)],
         "stream": stream,

@@ -453,6 +453,37 @@ def test_memory_for_one_serves_many_by_waiting_and_nothing_parked_is_in_the_way(
     assert served.server.conversations.root.is_closed
 
 
+def test_a_restart_reads_on_where_the_chat_was_and_a_damaged_block_is_computed_again(
+    folder, tmp_path
+):
+    """In the store are full blocks of 16 tokens."""
+    settings = settings_for(folder, tmp_path, store=tmp_path / "store", keys=("one", "two"))
+    messages = [user("a chat that goes on when the server was ended and started again")]
+    first = Served(settings)
+    answer = chat(first, messages, key="one")
+    first.close()
+    messages += [{"role": "assistant", "content": answer.choices[0].message.content}, user("on")]
+
+    second = Served(settings)
+    usage = chat(second, messages, key="two").usage
+    assert usage.prompt_tokens_details.cached_tokens == 0  # another tenant's secret
+    again = chat(second, messages, key="one")
+    told = answer.usage.total_tokens - 1
+    assert again.usage.prompt_tokens_details.cached_tokens == told // 16 * 16
+    assert again.choices[0].message.content == expected(second, messages)
+    second.close()
+
+    for path in (tmp_path / "store").rglob("*"):
+        if path.is_file() and path.stat().st_size > 8192:
+            data = bytearray(path.read_bytes())
+            data[6000] ^= 255
+            path.write_bytes(data)
+    third = Served(settings)
+    assert chat(third, messages, key="one").choices[0].message.content == expected(third, messages)
+    assert third.server.conversations.root.store.counters["quarantined"] > 0
+    third.close()
+
+
 def test_gradients_stay_off_and_the_model_as_it_was(served):
     model = served.server.model
     assert "forward_in_turn" not in vars(model) and type(model).__name__ == "LlamaForCausalLM"

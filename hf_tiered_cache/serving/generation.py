@@ -9,7 +9,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 from transformers.utils import logging
 
-from hf_tiered_cache.errors import OutOfBlocksError
+from hf_tiered_cache.errors import OutOfBlocksError, TierIOError
 from hf_tiered_cache.serving import turns
 from hf_tiered_cache.serving.conversations import Conversations
 from hf_tiered_cache.serving.instruments import Instruments
@@ -122,16 +122,21 @@ class Generation:
             began = perf_counter()
             self._is_text = FOR_TEXT.issuperset(kwargs)
             known = prompt[0] if self._is_text else prompt[0, :0]
-            self._cache = self._conversations.open(known, request.tenant)
+            self._cache = self._conversations.open(known, request.tenant, self._model)
             request.cached_tokens = self._cache.get_seq_length()
             self._ids = prompt[0, : request.cached_tokens].tolist()
-            self._instruments.note_lookup(request, perf_counter() - began)
+            self._instruments.note_lookup(
+                request, self._cache.restored_tokens, perf_counter() - began
+            )
+            has_store = self._cache.store is not None
+            publishing = self._cache.publishing() if has_store else nullcontext()
             try:
-                if self._is_text:
-                    self._feed(prompt[:, request.cached_tokens : -1])
-                return in_turns(self._model, self._forward).generate(
-                    **kwargs, past_key_values=self._cache
-                )
+                with publishing:
+                    if self._is_text:
+                        self._feed(prompt[:, request.cached_tokens : -1])
+                    return in_turns(self._model, self._forward).generate(
+                        **kwargs, past_key_values=self._cache
+                    )
             finally:
                 self._park()
 
@@ -199,6 +204,7 @@ class Generation:
         """The same now. Where the cache's tiers are full, parked conversations go, the oldest
         first; then other requests are waited for."""
         past = self._cache.get_seq_length()
+        may_repair = True
         began = perf_counter()
         while True:
             try:
@@ -207,6 +213,12 @@ class Generation:
             except OutOfBlocksError:
                 if not self._conversations.drop_oldest() and not self._wait():
                     raise
+            except TierIOError:  # what was read is damaged: compute it again, once
+                if not may_repair:
+                    raise
+                logger.exception("a block could not be read; its tokens are computed again")
+                may_repair = False
+                self._feed_again(self._forget())
         del self._ids[past:]
         self._ids += input_ids[0].tolist()
         self._instruments.note_forward(input_ids.shape[1], past, perf_counter() - began)
@@ -218,15 +230,22 @@ class Generation:
             with self._randomness.others():
                 return turns.wait_for_memory()
         except turns.PreemptedError:
-            pass
-        known, self._ids = self._ids, []
-        self._cache.crop(-self._cache.get_seq_length())
+            known = self._forget()
         self._instruments.preempted.inc()
         with self._randomness.others():
             turns.wait_for_memory()
         turns.take_back()
-        self._feed(torch.tensor([known], device=self._model.device))
+        self._feed_again(known)
         return True
+
+    def _forget(self) -> list[int]:
+        """Empty the cache; the ids that it held."""
+        known, self._ids = self._ids, []
+        self._cache.crop(-self._cache.get_seq_length())
+        return known
+
+    def _feed_again(self, ids: list[int]) -> None:
+        self._feed(torch.tensor([ids], device=self._model.device))
 
 
 class OwnRandomness:
@@ -286,4 +305,5 @@ def _class_in_turns(kind: Any) -> Any:
         return self.forward_in_turn(functools.partial(kind.__call__, self), args, kwargs)
 
     names = {"__slots__": ("forward_in_turn",), "__call__": call, "__module__": kind.__module__}
+    names["__qualname__"] = kind.__qualname__  # part of a stored block's key
     return type(kind.__name__, (kind,), names)

@@ -53,12 +53,13 @@ class Instruments:
         """A gauge that is measured whenever it is looked at."""
         Gauge(name, text, registry=self.registry).set_function(measure)
 
-    def note_lookup(self, request: Request, seconds: float) -> None:
-        """A request came to the model and found its cache."""
+    def note_lookup(self, request: Request, restored: int, seconds: float) -> None:
+        """A request came to the model and found its cache, `restored` tokens of it in the store."""
         assert request.started is not None
         self.queue.observe(request.started - request.arrived)
         self.lookup.observe(seconds)
-        self.prompt_tokens.labels("parked").inc(request.cached_tokens)
+        self.prompt_tokens.labels("parked").inc(request.cached_tokens - restored)
+        self.prompt_tokens.labels("store").inc(restored)
         self.prompt_tokens.labels("computed").inc(request.prompt_tokens - request.cached_tokens)
 
     def note_forward(self, num_tokens: int, past: int, seconds: float) -> None:

@@ -19,6 +19,7 @@ import uvicorn
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_tiered_cache import trace
 from hf_tiered_cache.serving.admission import Limits
 from hf_tiered_cache.serving.server import Server, Settings
 
@@ -482,6 +483,30 @@ def test_a_restart_reads_on_where_the_chat_was_and_a_damaged_block_is_computed_a
     assert chat(third, messages, key="one").choices[0].message.content == expected(third, messages)
     assert third.server.conversations.root.store.counters["quarantined"] > 0
     third.close()
+
+
+def test_metrics_tell_how_much_of_the_machine_was_used(served):
+    before = served.metric("htc_model_flops_total")
+    client = served.client()
+    usage = client.completions.create(model=served.model, prompt="0123456789", max_tokens=1).usage
+    assert usage.prompt_tokens_details.cached_tokens == 0
+    config = served.server.model.config
+    weights = sum(it.numel() for it in served.server.model.parameters())
+    weights -= config.vocab_size * config.hidden_size  # a look-up
+    pairs = 10 * 11 / 2
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    assert served.metric("htc_model_flops_total") - before == 2 * weights * 10 + attention
+    assert served.metric("htc_peak_flops") > 1e6
+    assert served.metric('htc_tier_bytes{tier="device"}') > 0
+
+
+def test_a_trace_shows_the_way_of_a_request(served):
+    with trace() as recorded:
+        chat(served, [user("traced")], tokens=3)
+    names = [
+        it.name for it in recorded.spans if it.name in ("lookup", "prefill chunk", "decode step")
+    ]
+    assert names == ["lookup", "prefill chunk", "decode step", "decode step", "decode step"]
 
 
 def test_gradients_stay_off_and_the_model_as_it_was(served):

@@ -20,10 +20,12 @@ from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 from transformers.utils import logging
 
 from hf_tiered_cache.errors import OutOfBlocksError, TierIOError
+from hf_tiered_cache.observe.metrics import span
 from hf_tiered_cache.serving import turns
 from hf_tiered_cache.serving.conversations import Conversations
 from hf_tiered_cache.serving.instruments import Instruments
 from hf_tiered_cache.serving.requests import Failure, Request, current_request
+from hf_tiered_cache.serving.utilisation import ModelFlops
 
 logger = logging.get_logger(__name__)
 
@@ -51,9 +53,11 @@ class TieredGenerateManager(GenerateManager):
         thread: turns.TurnThread,
         conversations: Conversations,
         instruments: Instruments,
+        flops: ModelFlops,
         chunk: int,
     ) -> None:
         self._thread = thread
+        self._flops = flops
         self._conversations = conversations
         self._instruments = instruments
         self._chunk = chunk
@@ -92,7 +96,8 @@ class TieredGenerateManager(GenerateManager):
                     400, f"the prompt has {prompt} tokens; the model was made for {limit} in all"
                 )
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, limit - prompt)
-        return Generation(model, request, self._conversations, self._instruments, self._chunk)
+        parts = self._conversations, self._instruments, self._flops
+        return Generation(model, request, *parts, self._chunk)
 
 
 class Generation:
@@ -104,9 +109,11 @@ class Generation:
         request: Request,
         conversations: Conversations,
         instruments: Instruments,
+        flops: ModelFlops,
         chunk: int,
     ) -> None:
         self._model = model
+        self._flops = flops
         self._request = request
         self._conversations = conversations
         self._instruments = instruments
@@ -122,7 +129,8 @@ class Generation:
             began = perf_counter()
             self._is_text = FOR_TEXT.issuperset(kwargs)
             known = prompt[0] if self._is_text else prompt[0, :0]
-            self._cache = self._conversations.open(known, request.tenant, self._model)
+            with span("lookup"):
+                self._cache = self._conversations.open(known, request.tenant, self._model)
             request.cached_tokens = self._cache.get_seq_length()
             self._ids = prompt[0, : request.cached_tokens].tolist()
             self._instruments.note_lookup(
@@ -163,6 +171,7 @@ class Generation:
         return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def _park(self) -> None:
+        self._instruments.note_stats(self._cache.stats())
         length = self._cache.get_seq_length()
         if self._is_text and 0 < length <= len(self._ids):
             ids = self._ids[:length]
@@ -208,7 +217,8 @@ class Generation:
         began = perf_counter()
         while True:
             try:
-                outputs = call()
+                with span("prefill chunk" if input_ids.shape[1] > 1 else "decode step"):
+                    outputs = call()
                 break
             except OutOfBlocksError:
                 if not self._conversations.drop_oldest() and not self._wait():
@@ -221,7 +231,8 @@ class Generation:
                 self._feed_again(self._forget())
         del self._ids[past:]
         self._ids += input_ids[0].tolist()
-        self._instruments.note_forward(input_ids.shape[1], past, perf_counter() - began)
+        flops = self._flops.count(input_ids.shape[1], past)
+        self._instruments.note_forward(input_ids.shape[1], flops, perf_counter() - began)
         return outputs
 
     def _wait(self) -> bool:

@@ -21,6 +21,7 @@ from hf_tiered_cache.serving.handlers import ChatHandler, ResponsesHandler, Text
 from hf_tiered_cache.serving.instruments import Instruments
 from hf_tiered_cache.serving.requests import Requests
 from hf_tiered_cache.serving.turns import TurnThread
+from hf_tiered_cache.serving.utilisation import ModelFlops, probe_flops
 from hf_tiered_cache.sizes import AUTO
 from hf_tiered_cache.store.block_store import BlockStore
 
@@ -84,9 +85,14 @@ class Server:
         root = TieredCache(self.model.config, store=store, **settings.cache)
         self.conversations = Conversations(root, settings.max_num_parked)
         self.instruments.parked.set_function(lambda: len(self.conversations))
+        self.instruments.peak_flops.set(probe_flops(self.model))
         self.thread = TurnThread(settings.max_num_seqs)
         manager = TieredGenerateManager(
-            self.thread, self.conversations, self.instruments, settings.chunk
+            self.thread,
+            self.conversations,
+            self.instruments,
+            ModelFlops(self.model),
+            settings.chunk,
         )
         state = State(manager)
         ours = {

@@ -207,12 +207,13 @@ class TieredCache(DynamicCache):
         """Where it finds prefixes and puts full blocks."""
         return None if self._stored is None else self._stored.store
 
-    def restore(self, input_ids: Any, model: PreTrainedModel) -> int:
+    def restore(self, input_ids: Any, model: PreTrainedModel, salt: bytes | None = None) -> int:
         """Begin with the longest prefix of `input_ids` that the store has of this model; the number
         of its tokens, a multiple of `block_tokens`. `generate` then computes only the rest.
 
         input_ids: ints `[tokens]`, or `[rows, tokens]` with equal rows, which then share what is
-        found. At least one token is left to be computed. Nothing is loaded before it is attended;
+        found. At least one token is left to be computed. salt: of this cache from now on, and of
+        its forks, in place of the store's. Nothing is loaded before it is attended;
         a block whose bytes turn out to be wrong is a TierIOError of the forward that reads it, and
         is not found again. Raises UnsupportedInputError for other ids, or where the cache holds
         tokens, ConfigError where it has no store.
@@ -226,6 +227,7 @@ class TieredCache(DynamicCache):
             )
         with self._alone():
             stored.reset()
+            stored.salt = stored.salt if salt is None else salt
             found = stored.find(ids, model, self.layers, self._block_tokens() or None)
             num_tokens = restore_layers(found, self.layers, model, num_rows)
             stored.begins_with(ids[:num_tokens].expand(num_rows, -1))

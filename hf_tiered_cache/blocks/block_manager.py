@@ -318,7 +318,7 @@ class KVBlockManager:
         first_full = table.num_tokens // table.layout.block_tokens
         table.num_tokens += num_tokens
         last_full = table.num_tokens // table.layout.block_tokens
-        if table.num_tokens > table.num_blocks * table.layout.block_tokens:
+        if table.num_tokens > len(table.rows[0]) * table.layout.block_tokens:
             raise BlockStateError(f"{table.num_tokens} tokens in {table.num_blocks} blocks")
         if first_full == last_full:
             return []

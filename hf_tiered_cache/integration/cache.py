@@ -192,11 +192,12 @@ class TieredCache(DynamicCache):
         """
         if torch.compiler.is_compiling():
             return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
-        layer_idx = self._check_layer(layer_idx)
+        if type(layer_idx) is not int or layer_idx < 0:
+            layer_idx = self._check_layer(layer_idx)
         with self._in_forward(layer_idx, brings_tokens=True):
             layer = self._layer_with_tokens(layer_idx)
             if isinstance(layer, TieredLayer) and key_states.shape[-2] > 0:
-                self._check_order(layer_idx, layer.get_seq_length())
+                self._check_order(layer_idx, layer)
             return layer.update(key_states, value_states, *args, **kwargs)
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
@@ -309,13 +310,13 @@ class TieredCache(DynamicCache):
             )
         return index
 
-    def _check_order(self, layer_idx: int, num_tokens: int) -> None:
+    def _check_order(self, layer_idx: int, layer: TieredLayer) -> None:
         """Raise UnsupportedInputError if the layer already has this forward's tokens."""
         first = self._owned.first_layer
-        if first is None or first >= layer_idx or num_tokens == 0:
+        if first is None or first >= layer_idx:
             return
-        got = self.layers[first].get_seq_length()
-        if num_tokens == got:
+        num_tokens = layer.get_seq_length()
+        if num_tokens and num_tokens == self.layers[first].get_seq_length():
             raise UnsupportedInputError(
                 f"out of order: layer {layer_idx} holds {num_tokens} tokens, as many as layer "
                 f"{first}; expected fewer: every layer is updated once per forward, in order, "

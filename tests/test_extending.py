@@ -31,12 +31,12 @@ def modules(tmp_path, monkeypatch) -> Path:
 
 
 def test_each_is_short():
-    assert set(MODULES) == {"my_tier.py", "my_policy.py", "my_selection.py"}
+    assert set(MODULES) == {"my_tier.py", "my_codec.py", "my_policy.py", "my_selection.py"}
     for name, text in MODULES.items():
         assert len(text.splitlines()) < MOST_LINES, name
 
 
-@pytest.mark.parametrize("use", USES, ids=["tier", "policy", "selection"])
+@pytest.mark.parametrize("use", USES, ids=["tier", "codec", "policy", "selection"])
 def test_generate_through_it_says_what_a_dynamic_cache_says_or_that_it_does_not(
     modules, use, monkeypatch
 ):

@@ -204,7 +204,7 @@ class Snapshot:
         with self.manager.read(self) as reading:
             for chunk in reading.chunks():
                 num_tokens = self.num_tokens - chunk.first * layout.block_tokens
-                slab, slots = reading.slab(chunk), chunk.slots.long()
+                slab, slots = reading.view(chunk).decoded(chunk.slots)
                 # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
                 views = [getattr(layout, part)(slab)[slots].transpose(1, 2) for part in parts]
                 yield [view.flatten(2, 3)[:, :, :num_tokens] for view in views]

@@ -58,9 +58,9 @@ from hf_tiered_cache.observe.tracing import DRAFT, VERIFY
 logger = logging.get_logger(__name__)
 
 NO_SINKS = (
-    "speculate: the first tokens of the text are not on the device, and guesses made without them are"
-    " often wrong (the tokens are right all the same): TieredCache(demotion='sinks_and_recent')"
-    " keeps them there"
+    "speculate: the first tokens of the text are not on the device, and guesses made without them"
+    " are often wrong (the tokens are right all the same):"
+    " TieredCache(demotion='sinks_and_recent') keeps them there"
 )
 
 LOOKUP_TOKENS = 3  # that must have stood somewhere before, for what followed them to be tried

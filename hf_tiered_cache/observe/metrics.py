@@ -116,6 +116,8 @@ class TierStats:
 
     name: str
     blocks: int  # blocks whose bytes are here (a block may be in several tiers)
+    raw_bytes: int  # what these take as they are ...
+    packed_bytes: int  # ... and what they take here
     used_bytes: int  # taken out of the budget, staging included
     peak_bytes: int
     budget_bytes: int
@@ -180,6 +182,12 @@ class CacheStats:
                 cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             lines.append(f"  {left}  {right}")
+        lines += [
+            f"  {tier.name} packed: {format_bytes(tier.raw_bytes)} of blocks in "
+            f"{format_bytes(tier.packed_bytes)} (x{tier.raw_bytes / tier.packed_bytes:.2f})"
+            for tier in self.tiers
+            if tier.packed_bytes < tier.raw_bytes
+        ]
         if self.untiered_bytes:
             lines.append(
                 f"  beside the blocks, in no budget: {format_bytes(self.untiered_bytes)} in "

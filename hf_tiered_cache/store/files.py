@@ -245,7 +245,7 @@ class OpenBlock:
     """Of this process; each has a descriptor."""
 
     def __init__(self, fd: int, header: Header, path: str) -> None:
-        OpenBlock.num_open += 1
+        type(self).num_open += 1
         self.fd = fd
         self.header = header
         self.path = path
@@ -266,7 +266,7 @@ class OpenBlock:
         """Give the descriptor back. Idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            OpenBlock.num_open -= 1
+            type(self).num_open -= 1  # at exit the module may be gone
             os.close(fd)
 
     def __del__(self) -> None:

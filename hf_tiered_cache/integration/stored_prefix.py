@@ -32,6 +32,7 @@ class StoredPrefix:
 
     def __init__(self, store: BlockStore) -> None:
         self.store = store
+        self.salt = store.salt
         self.record = TokenRecord()
         self.space: bytes | None = None  # of the model whose tokens are held
         self.restored_tokens = 0
@@ -41,6 +42,7 @@ class StoredPrefix:
     def copy(self) -> "StoredPrefix":
         """The same, for a fork of the cache."""
         other = StoredPrefix(self.store)
+        other.salt = self.salt
         other.record = self.record.copy()
         other.space, other.restored_tokens = self.space, self.restored_tokens
         other._num_published = self._num_published
@@ -91,7 +93,7 @@ class StoredPrefix:
         if model.training:
             told.ids, told.reason = None, "the model was in training mode"
         elif self.space is None and not told.reason:
-            self.space = model_space(model, self.store.salt)
+            self.space = model_space(model, self.salt)
         return told
 
     def begins_with(self, ids: torch.Tensor) -> None:
@@ -120,7 +122,7 @@ class StoredPrefix:
         """The blocks of the longest prefix of `ids` (one row) that are there and fit `layers`; at
         least one token is left to be computed. asked: tokens in a block, where the cache's config
         told."""
-        self.space = space = model_space(model, self.store.salt)
+        self.space = space = model_space(model, self.salt)
         if why := why_not_stored(layers):
             self.store.bypass(why)
             return []
@@ -170,7 +172,7 @@ class StoredPrefix:
         first, self._num_published = min(self._num_published, num_full), num_full
         if first == num_full:
             return None
-        if model is not None and model_space(model, self.store.salt) != self.space:
+        if model is not None and model_space(model, self.salt) != self.space:
             self.record.forget("the model changed while the cache was in use")
             return None
         names = [keys.block_keys(self.space, row.tolist(), block_tokens) for row in self.record.ids]

@@ -172,7 +172,9 @@ class StoreTier(Tier):
         jobs = []
         for part, (slot, to) in enumerate(zip(slots, out, strict=True)):
             source = cast(Any, self._source(slot))
-            jobs.append(ReadExtent(source, reads, transfer, part, [slot], [to], direct=False))
+            jobs.append(
+                ReadExtent(source, reads, transfer, part, [slot], [to], codec=None, direct=False)
+            )
         self._reads.begin(jobs)
         try:
             for job in jobs:

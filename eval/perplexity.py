@@ -26,6 +26,7 @@ from hf_tiered_cache.evaluation import parity
 from hf_tiered_cache.evaluation.bars import Bar, bars, verdict
 from hf_tiered_cache.evaluation.documents import (
     HUB_DATASETS,
+    INSTALLED,
     STDLIB,
     DataError,
     is_joined,
@@ -256,8 +257,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--data",
         default=STDLIB,
-        help=f"{STDLIB} (default), a text or parquet file, a folder of texts or of a saved data "
-        f"set, {', '.join(HUB_DATASETS)}, or org/name of the hub",
+        help=f"{', '.join(INSTALLED)} (default: {STDLIB}), a text or parquet file, a folder of "
+        f"texts or of a saved data set, {', '.join(HUB_DATASETS)}, or org/name of the hub",
     )
     add("--split", help="of a data set (default: test of the hub's, train of a file)")
     add("--column", help='of a data set\'s texts (default: "text")')

@@ -30,21 +30,28 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read; a test compares
     from hf_tiered_cache.integration.attention import disable, enable, tiered_attention_forward
     from hf_tiered_cache.integration.cache import TieredCache
     from hf_tiered_cache.integration.progress import generation_progress
+    from hf_tiered_cache.integration.reuse import Reuse, reuse
+    from hf_tiered_cache.integration.speculate import speculate, speculating
+    from hf_tiered_cache.integration.warm import warm
     from hf_tiered_cache.kernels.ops import available_kernels
     from hf_tiered_cache.observe.metrics import CacheStats
     from hf_tiered_cache.observe.tracing import Trace, trace
+    from hf_tiered_cache.store.block_store import BlockStore, StoreStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackwardError",
     "BlockStateError",
+    "BlockStore",
     "CacheInUseError",
     "CacheStats",
     "ClosedCacheError",
     "ConfigError",
     "KernelUnavailableError",
     "OutOfBlocksError",
+    "Reuse",
+    "StoreStats",
     "TierIOError",
     "TieredCache",
     "TieredCacheConfig",
@@ -56,12 +63,20 @@ __all__ = [
     "disable",
     "enable",
     "generation_progress",
+    "reuse",
+    "speculate",
+    "speculating",
     "tiered_attention_forward",
     "trace",
+    "warm",
 ]
 
 # Where a public name that is not here yet is loaded from.
 _ROOMS = {
+    "Reuse": "integration.reuse",
+    "reuse": "integration.reuse",
+    "BlockStore": "store.block_store",
+    "StoreStats": "store.block_store",
     "CacheStats": "observe.metrics",
     "TieredCache": "integration.cache",
     "TieredCacheConfig": "config",
@@ -70,8 +85,11 @@ _ROOMS = {
     "disable": "integration.attention",
     "enable": "integration.attention",
     "generation_progress": "integration.progress",
+    "speculate": "integration.speculate",
+    "speculating": "integration.speculate",
     "tiered_attention_forward": "integration.attention",
     "trace": "observe.tracing",
+    "warm": "integration.warm",
 }
 
 

@@ -65,6 +65,9 @@ class TieredCacheConfig:
     packing: str = AUTO
     # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
     demotion: str = "by_age"
+    # What attention reads: "all", or the name of another selection policy, which is approximate
+    # ("resident_only": what is on the device), or "module:Class".
+    attend: str = "all"
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "disk_bytes", "staging_bytes"):
@@ -76,7 +79,8 @@ class TieredCacheConfig:
         if self.disk_io not in DISK_IO_MODES:
             raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
         object.__setattr__(self, "extra_tiers", _parse_tiers(self.extra_tiers))
-        for name, example in (("demotion", "by_age"), ("packing", "bf16_12bit")):
+        examples = {"demotion": "by_age", "packing": "bf16_12bit", "attend": "all"}
+        for name, example in examples.items():
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r}: expected a name such as"

@@ -13,8 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_tiered_cache
 from hf_tiered_cache.errors import TierIOError
-from hf_tiered_cache.integration import attention
-from hf_tiered_cache.integration import masks as mask_reading
+from hf_tiered_cache.integration import attention, masks
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 TOKENS = 37
@@ -140,25 +139,25 @@ def test_a_mask_is_looked_into_once_and_again_when_it_changed():
 
     def read(mask, *arguments):
         looks.append(arguments)
-        return mask_reading._padding(mask)
+        return masks._padding(mask)
 
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     for _ in range(3):
-        starts, _ = mask_reading._once(read, mask, 5)
+        starts, _ = masks._once(read, mask, 5)
         assert starts.tolist() == [1, 0]
     assert looks == [(5,)]
     mask[0, 0] = 1
-    assert mask_reading._once(read, mask, 5) == (None, None)
+    assert masks._once(read, mask, 5) == (None, None)
     mask[0, 2] = 0
     holes = [[[[True, True, False]]], [[[True] * 3]]]
-    assert mask_reading._once(read, mask, 5)[1].tolist() == holes
-    assert mask_reading._once(read, mask, 6)[1].tolist() == holes
+    assert masks._once(read, mask, 5)[1].tolist() == holes
+    assert masks._once(read, mask, 6)[1].tolist() == holes
     assert len(looks) == 4
     other = mask.clone()
     other[0] = torch.tensor([0, 0, 1])
-    assert mask_reading._once(read, other, 6)[0].tolist() == [2, 0]
+    assert masks._once(read, other, 6)[0].tolist() == [2, 0]
     with torch.inference_mode():
-        assert mask_reading._once(read, torch.tensor([[0, 1]]), 6)[0].tolist() == [1]
+        assert masks._once(read, torch.tensor([[0, 1]]), 6)[0].tolist() == [1]
 
 
 def test_a_dense_causal_mask_needs_no_reading_by_the_kernels(make_cache, monkeypatch):

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import without_cold_blocks
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
     GPTJConfig,
+    LlamaConfig,
     MambaConfig,
 )
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from hf_tiered_cache.commands.app import app
-
-from losing import without_cold_blocks
+from hf_tiered_cache.evaluation import models, pace
 
 ROOT = Path(__file__).parent.parent
 TINY_LM = str(ROOT / "eval" / "tiny_lm")
@@ -112,6 +113,46 @@ def test_verify_takes_noise_for_noise(dtype):
     assert "TieredCache (eager)" in done.stdout
 
 
+@pytest.fixture
+def matmuls_take(monkeypatch):
+    """Let half precision take so many times float32's time."""
+
+    def take(times: float) -> None:
+        monkeypatch.setattr(models, "matmul_slowdown", lambda _: times)
+
+    return take
+
+
+def test_slow_half_precision_is_not_measured_unless_asked_for(matmuls_take, tmp_path):
+    model = save_tiny(
+        tmp_path / "half", LlamaConfig(**SIZES, num_attention_heads=4), torch.bfloat16
+    )
+    matmuls_take(20)
+    done = run("verify", model, *SHORT)
+    assert done.exit_code == 0, done.output
+    assert "half, float32 on cpu" in done.stdout
+    assert "bfloat16, which the weights are in, takes torch 20x as long" in done.stderr
+    done = run("verify", model, *SHORT, "--dtype", "bfloat16")
+    assert "half, bfloat16 on cpu" in done.stdout and "x as long" not in done.stderr
+    matmuls_take(1.5)
+    done = run("verify", model, *SHORT)
+    assert "half, bfloat16 on cpu" in done.stdout and "x as long" not in done.stderr
+
+
+def test_quick_runs_take_the_context_that_ends_in_time(monkeypatch):
+    def measure(model):
+        return pace.Pace(prefill=0.012, decode=0.012, growth=0.0)
+
+    monkeypatch.setattr(pace, "measure_pace", measure)
+    done = run("verify", TINY_LM, "--quick", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    # 4 passes of 512 + 16 tokens take 25.3 s, more than QUICK_SECONDS.
+    assert "256 tokens: about 13 s" in done.stderr and ": 256 tokens, the last 8" in done.stdout
+    done = run("bench", TINY_LM, "--quick", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    assert "about 13 s" in done.stderr and done.stdout.splitlines()[-1].startswith("   1,024")
+
+
 NUMBERS = ("0", "-3", "many")
 SHARED = {  # a wrong value of every option that several commands take, and words of the answer
     "model": {"./nowhere": "no such folder", "LATIN": "config.json", "MAMBA": "keeps no layer"},
@@ -158,6 +199,7 @@ WITHOUT_WRONG_VALUES = {
     *("env.disk_dir",),  # what is wrong with it is what `env` is asked to tell
     *("env.measure", "env.as_json", "verify.as_json", "bench.as_json", "bench.reload"),  # flags
     *("verify.join", "bench.join", "trace.join"),
+    *("verify.quick", "bench.quick", "trace.quick"),
 }
 
 
@@ -265,10 +307,10 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
         assert f"  {name}" in printed
 
 
-def save_tiny(folder: Path, config) -> str:
+def save_tiny(folder: Path, config, dtype: torch.dtype = torch.float32) -> str:
     """A random model of that config with the byte-level tokenizer."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY_LM).save_pretrained(folder)
     return str(folder)
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_tiered_cache import TieredCache, TierIOError, disable, enable
-from hf_tiered_cache.blocks import assembly as manager_pool
+from hf_tiered_cache.blocks import assembly
 from hf_tiered_cache.integration import forwards
 from hf_tiered_cache.tiers.disk import DiskTier
 
@@ -314,7 +314,7 @@ def test_a_load_that_fails_once_in_attention_is_as_if_it_had_not_been_tried(tmp_
         def __init__(self, *args: Any, **knobs: Any) -> None:
             super().__init__(*args, open_file=FaultyFile, **knobs)
 
-    monkeypatch.setattr(manager_pool, "DiskTier", FaultyDisk)
+    monkeypatch.setattr(assembly, "DiskTier", FaultyDisk)
     case = Case("Llama", "token", 0, "inside", TierIOError, "again")
     model, all_ids = families.tiny_model("Llama"), ids_of(case)
     counts = {"failed": 0, "tried again": 0}

@@ -11,8 +11,8 @@ from test_generate_parity import SMALLEST, check_integrity, prompt, run, tiny_mo
 from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
-from hf_tiered_cache.blocks import assembly as manager_pool
-from hf_tiered_cache.blocks import block_reader
+from hf_tiered_cache.blocks import assembly, block_reader
+from hf_tiered_cache.blocks.selection import ALL
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.devices import CpuDevice, Device
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -153,7 +153,8 @@ def test_the_shares_follow_the_waits(make_cache, monkeypatch, waited_for):
         reader._correct_split()
         staged = set(manager._stream._staged)
         for table in manager.blocks.tables:
-            for part in reader.plan(table, table.num_blocks, beside=True).below:
+            selected = reader.select(ALL, table, table.num_blocks)
+            for part in reader.plan(table, selected, has_gaps=False, beside=True).below:
                 assert not staged & set(table.blocks(part.first, part.last))
         cache.close()
 
@@ -166,7 +167,8 @@ def test_what_became_the_cpus_as_the_host_filled_keeps_no_staging_slots(make_cac
         (manager,) = cache._owned.pool.managers
         staged = set(manager._stream._staged)
         for table in manager.blocks.tables:
-            for part in manager._reader.plan(table, table.num_blocks, beside=True).below:
+            selected = manager._reader.select(ALL, table, table.num_blocks)
+            for part in manager._reader.plan(table, selected, has_gaps=False, beside=True).below:
                 assert not staged & set(table.blocks(part.first, part.last))
         cache.close()
 
@@ -179,7 +181,7 @@ def test_the_cpu_is_probed_beside_a_copy_on_more_than_a_cache_holds(make_cache, 
         return 1e9
 
     monkeypatch.setattr(InPlaceAttention, "probe", probe)
-    assert manager_pool.PROBE_BYTES >= 1 << 30
+    assert assembly.PROBE_BYTES >= 1 << 30
     with Late(has_cpu_lane=True) as late:
         _, _, cache = generate(make_cache, tiny_model("Llama"), **SIZES["host"])
         assert probed == [(1000 * BLOCK, 4 * 1000 * BLOCK)], "as much as the budget allows"

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from support import without_cold_blocks
 from transformers import AutoTokenizer
 
 from hf_tiered_cache.evaluation import (
@@ -29,7 +30,6 @@ from hf_tiered_cache.evaluation import (
 from hf_tiered_cache.evaluation.documents import DataError, Document, HubDataset, Text
 
 import perplexity
-from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 CONTEXT, DECODED, NEW_TOKENS = 384, 12, 6
@@ -255,7 +255,11 @@ def test_texts_of_files_folders_and_parquet(tmp_path):
     assert texts("saved", column="body") == ["first", "second"]
     with pytest.raises(DataError, match=r"--column text .*columns of text: body"):
         texts("rows.parquet")
-    with pytest.raises(DataError, match=r"no such file or folder; expected stdlib, a text"):
+    (reference,) = documents.read_texts(documents.LANGUAGE_REFERENCE)
+    assert len(reference.text) > 300_000 and 'The "with" statement' in reference.text
+    with pytest.raises(
+        DataError, match=r"no such file or folder; expected stdlib, python-reference, a"
+    ):
         list(documents.read_texts("nowhere"))
 
 

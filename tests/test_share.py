@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_tiered_cache.devices import share as share
+from hf_tiered_cache.devices import share
 from hf_tiered_cache.devices.share import KEPT, SMALLEST, STEP, InPlaceShare
 
 

@@ -19,8 +19,8 @@ from hf_tiered_cache.integration import registration
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "safetensors"}
-COMMANDS = ("env", "verify", "bench", "trace")
-EXTRAS = {"datasets", "evaluate", "matplotlib"}
+COMMANDS = ("env", "verify", "bench", "trace", "serve")
+EXTRAS = {"datasets", "evaluate", "matplotlib", "fastapi", "uvicorn", "openai", "greenlet"}
 
 
 def fresh(code: str) -> subprocess.CompletedProcess:
@@ -185,6 +185,10 @@ MISTAKES = [
     *("--split=test", "--column=text", "--chunk=0", "--new-tokens=0", "--context=0"),
     *("--off-device=1.5", "--threads=1000000", "--disk-dir=/dev/null/folder"),
 ]
+SERVER_MISTAKES = [
+    *("--port=0", "--port=70000", "--max-num-seqs=0", "--queue-timeout=0", "--chunk=1"),
+    *("--api-key-file=/nowhere/keys", "--device-bytes=lots", "--max-body-bytes=many"),
+]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +199,7 @@ MISTAKES = [
         ("verify", "./nowhere"),
         *(("verify", TINY_LM, mistake) for mistake in MISTAKES),
         *(("bench", TINY_LM, mistake) for mistake in ("--rounds=0", "--disk-io=fast")),
+        *(("serve", TINY_LM, mistake) for mistake in SERVER_MISTAKES),
         *(("trace", TINY_LM, mistake) for mistake in ("--block-tokens=7", "--output=/nowhere/x")),
     ],
     ids=lambda arguments: " ".join(argument for argument in arguments if argument != TINY_LM),

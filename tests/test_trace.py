@@ -10,12 +10,12 @@ from test_generate_parity import SMALLEST, run, tiny_model
 from test_late_device import RING, SIZES, Late
 
 import hf_tiered_cache
-from hf_tiered_cache.blocks import assembly as manager_pool
+from hf_tiered_cache.blocks import assembly
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.observe import tracing
+from hf_tiered_cache.tiers.disk import DiskTier
 from hf_tiered_cache.tiers.disk.block_file import BlockFile
 from hf_tiered_cache.tiers.disk.movers import moving_core
-from hf_tiered_cache.tiers.disk import DiskTier
 
 READ_SECONDS = 0.02
 SOON = 0.015  # what a busy machine may add
@@ -96,7 +96,7 @@ def test_a_device_whose_copies_tell_no_times_is_not_said_to_hide_them(make_cache
 
 
 def test_waits_are_those_of_the_counters(make_cache, monkeypatch):
-    monkeypatch.setattr(manager_pool, "DiskTier", SlowDisk)
+    monkeypatch.setattr(assembly, "DiskTier", SlowDisk)
     recorded, counters = generate(make_cache)
     assert counters.load_wait_seconds > 5 * READ_SECONDS
     waited = recorded.seconds(tracing.LOAD_WAIT)
@@ -139,7 +139,7 @@ def module():
 def test_loads_of_a_slow_link_are_seen_beside_compute(filled, module, monkeypatch):
     """Each read takes 20 ms; while the model computes for 60 ms after a layer, the reads of the
     next one go on. They end during compute, long before anybody looks."""
-    monkeypatch.setattr(manager_pool, "DiskTier", SlowDisk)
+    monkeypatch.setattr(assembly, "DiskTier", SlowDisk)
     cache = filled()
     with tracing.trace() as recorded:
 
@@ -224,7 +224,7 @@ def test_nothing_is_recorded_after_the_end_and_an_exception_still_leaves_a_file(
     make_cache, tmp_path, monkeypatch
 ):
     path = tmp_path / "run.json"
-    monkeypatch.setattr(manager_pool, "DiskTier", BrokenDisk)
+    monkeypatch.setattr(assembly, "DiskTier", BrokenDisk)
     model = tiny_model("Llama")
     cache = make_cache(model.config, SMALLEST[1])
     with pytest.raises(TierIOError), hf_tiered_cache.trace(path) as recorded:

@@ -11,7 +11,7 @@ from test_generate_parity import check_integrity
 from tiers.faulty_file import FaultyFile, fails_with
 
 from hf_tiered_cache import TierIOError, tiered_attention_forward
-from hf_tiered_cache.blocks import assembly as manager_pool
+from hf_tiered_cache.blocks import assembly
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.tiers.disk import DiskTier
 
@@ -30,7 +30,7 @@ def faulty_disks(monkeypatch):
         def __init__(self, *args: Any, **knobs: Any) -> None:
             super().__init__(*args, open_file=FaultyFile, **knobs)
 
-    monkeypatch.setattr(manager_pool, "DiskTier", FaultyDisk)
+    monkeypatch.setattr(assembly, "DiskTier", FaultyDisk)
 
 
 def step(cache, all_tokens, how) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_tiered_cache.blocks.block_manager import BlockTable
 from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.blocks.offload_manager import OffloadManager
+from hf_tiered_cache.blocks.selection import SelectionPolicy
 from hf_tiered_cache.config import (
     AUTO_DEVICE_SHARE,
     NO_PACKING,
@@ -31,11 +32,13 @@ from hf_tiered_cache.kernels.worker import PROBE_ROUNDS
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.observe.metrics import Counters, LaneStats, TierStats
 from hf_tiered_cache.sizes import AUTO
+from hf_tiered_cache.store.block_store import BlockStore
 from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier
 from hf_tiered_cache.tiers.codecs import Bf16TwelveBit, Codec
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.device_side import BounceRing, behind_lane
 from hf_tiered_cache.tiers.disk import DiskTier
+from hf_tiered_cache.tiers.disk.store_tier import StoreTier
 from hf_tiered_cache.tiers.host import HostTier
 
 logger = logging.get_logger(__name__)
@@ -59,13 +62,23 @@ class BlockMemory:
     Owners are the caches that share blocks: one and its forks.
 
     `expected_tables`: layers that will be kept in blocks, where the model's config told it, else 0.
+    `store`: blocks of it may be among them; each manager then has a read-only last rung.
     Raises ConfigError for a config that cannot be had here.
     """
 
-    def __init__(self, config: TieredCacheConfig, expected_tables: int = 0) -> None:
+    def __init__(
+        self,
+        config: TieredCacheConfig,
+        expected_tables: int = 0,
+        store: BlockStore | None = None,
+    ) -> None:
         self.config = config
+        self._store = store
+        self._stored = Budget("store", 0)
+        self._store_tiers: dict[OffloadManager, StoreTier] = {}
         self.budgets = Budgets.resolve(config, device_is_host=not has_accelerator())
         self._demotion = DemotionPolicy.by_name(config.demotion)
+        self.selection = SelectionPolicy.by_name(config.attend)()
         self._codec_kind = _codec_kind(config.packing)
         self._expected_tables = expected_tables
         self._lower = self._lower_budgets()
@@ -98,7 +111,8 @@ class BlockMemory:
         return asked
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BlockMemory, (self.config, self._expected_tables)  # what was asked for, still empty
+        # What was asked for, still empty.
+        return BlockMemory, (self.config, self._expected_tables, self._store)
 
     @property
     def disk_dir(self) -> Path:
@@ -121,8 +135,6 @@ class BlockMemory:
 
         Raises ClosedCacheError after close, ConfigError when a tier cannot be made.
         """
-        if self.is_closed:
-            raise ClosedCacheError("this cache is closed: make a new TieredCache")
         dims = max(keys.shape[3], values.shape[3])
         layout = BlockLayout(
             kv_heads=keys.shape[1],
@@ -131,9 +143,15 @@ class BlockMemory:
             block_tokens=self.config.block_tokens or default_block_tokens(dims, dtype),
             dtype=dtype,
         )
-        key = (layout, keys.device)
+        return self.manager_of(layout, keys.device)
+
+    def manager_of(self, layout: BlockLayout, device: torch.device) -> OffloadManager:
+        """The manager for blocks of that layout; raises what `manager` does."""
+        if self.is_closed:
+            raise ClosedCacheError("this cache is closed: make a new TieredCache")
+        key = (layout, device)
         if key not in self._managers:
-            self._managers[key] = self._make(layout, keys.device)
+            self._managers[key] = self._make(layout, device)
         return self._managers[key]
 
     def _make(self, layout: BlockLayout, device: torch.device) -> OffloadManager:
@@ -142,6 +160,10 @@ class BlockMemory:
         tier = DeviceTier(layout.num_bytes, place.budget, device, lane)
         staging = max(MIN_STAGING_BLOCKS, self._staging_bytes(place) // layout.num_bytes)
         lower = self._lower_tiers(layout, place.device)
+        stored = None
+        if self._store is not None:
+            stored = StoreTier(layout.num_bytes, self._stored, self._store.put_away)
+            lower.append(stored)
         split = InPlaceShare(1.0 if self.config.cpu_share == AUTO else float(self.config.cpu_share))
         if lane is not None and lower:
             ring = self._bounce_ring(layout, place.device, staging)
@@ -158,11 +180,22 @@ class BlockMemory:
             lock=place.lock,
             demotion=self._demotion(),
         )
+        if stored is not None:
+            self._store_tiers[manager] = stored
         for (_, where), other in self._managers.items():
             if where == device:
                 other.share_device(manager)
                 manager.share_device(other)
         return manager
+
+    def store_tier(self, manager: OffloadManager) -> StoreTier:
+        """The rung of a manager where blocks of the store are."""
+        return self._store_tiers[manager]
+
+    @property
+    def store_tiers(self) -> list[StoreTier]:
+        """Those of all managers."""
+        return list(self._store_tiers.values())
 
     def _new_place(self, device: torch.device) -> "_Place":
         made = Device.kind_of(device)(device)

@@ -83,9 +83,11 @@ class Capacity:
         return free + sum(self._blocks.num_clean_on(one) for one in lower[:-1])
 
     def rung_below(self, rung: int) -> int | None:
-        """The next rung down, without those of which other managers hold the whole budget."""
+        """The next rung down that can be written to, without those of which other managers hold the
+        whole budget."""
         for lower in range(rung + 1, len(self._tiers)):
-            if self._tiers[lower].used_slots + self._tiers[lower].num_free():
+            tier = self._tiers[lower]
+            if not tier.is_read_only and tier.used_slots + tier.num_free():
                 return lower
         return None
 
@@ -168,12 +170,13 @@ class Capacity:
 
     def out_of_blocks(self, num_blocks: int) -> OutOfBlocksError:
         """The error that so many more blocks have no room on any rung."""
+        written = [tier for tier in self._tiers if not tier.is_read_only]
         tiers = ", ".join(
             f"{tier.name}: {tier.used_slots} of {tier.used_slots + tier.num_free()} blocks used"
-            for tier in self._tiers
+            for tier in written
         )
-        knob = "raise " + " or ".join(tier.budget.knob for tier in reversed(self._tiers))
-        if self._tiers[-1].has_addresses:
+        knob = "raise " + " or ".join(tier.budget.knob for tier in reversed(written))
+        if written[-1].has_addresses:
             knob += " or allow disk_bytes"
         size = format_bytes(num_blocks * self._layout.num_bytes)
         return OutOfBlocksError(

@@ -19,6 +19,7 @@ from hf_tiered_cache.blocks.block_manager import DEVICE, BlockTable, KVBlock, KV
 from hf_tiered_cache.blocks.block_reader import BlockReader, Readable, Reading
 from hf_tiered_cache.blocks.capacity import Capacity
 from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy
+from hf_tiered_cache.blocks.selection import ALL, SelectionPolicy
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.blocks.stores import Stores
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -56,7 +57,8 @@ class OffloadManager:
         of its own where none is given. demotion: by age where none is given."""
         device = tiers[DEVICE]
         assert isinstance(device, DeviceTier)
-        assert all(tier.has_addresses for tier in tiers[:-1]), "a store reads memory"
+        *written, _ = [tier for tier in tiers if not tier.is_read_only]
+        assert all(tier.has_addresses for tier in written), "a store reads memory"
         self.layout = layout
         self.tiers = tuple(tiers)
         self.device_tier = device
@@ -150,6 +152,28 @@ class OffloadManager:
         self._check_held(table)
         with self.blocks.changing:
             return self.blocks.fork(table)
+
+    def adopt(self, table: BlockTable, slots: Sequence[int]) -> None:
+        """Let an empty table begin with full blocks that lie in these slots of the last rung, which
+        is read-only; all rows share them."""
+        self._check_open()
+        self._tidy()
+        with self.blocks.changing:
+            self.blocks.adopt(table, self._capacity.last_rung, slots)
+
+    def export(self, table: BlockTable, block: KVBlock, out: torch.Tensor) -> None:
+        """Copy the bytes of a full block of a table, wherever they are, into memory of the CPU,
+        uint8 `[block_bytes]`. From any thread. Raises TierIOError, ClosedCacheError."""
+        with self.lock:
+            self._check_held(table)
+            rung = block.highest
+            slot, tier = block.slots[rung], self.tiers[rung]
+            assert slot is not None
+            if tier.has_addresses:
+                out.copy_(tier.block(slot))
+                return
+            transfer = tier.read([slot], [out])
+        transfer.wait()
 
     def append(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens behind the last ones of every row; older blocks are demoted to make room.
@@ -373,10 +397,11 @@ class OffloadManager:
             self._stream.discard(block)
             self.stores.free_slots(block, first_rung=DEVICE)
 
-    def read(self, shown: Readable) -> Reading:
-        """A reading of a table's blocks, to be entered while `read_lock` is held. Entering raises
-        ClosedCacheError when the table was dropped, or its cache is closed."""
-        return self._reader.read(shown)
+    def read(self, shown: Readable, selection: SelectionPolicy = ALL) -> Reading:
+        """A reading of a table's blocks, those that `selection` chooses, to be entered while
+        `read_lock` is held. Entering raises ClosedCacheError when the table was dropped, or its
+        cache is closed."""
+        return self._reader.read(shown, selection)
 
     @property
     def split(self) -> InPlaceShare:

@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 from hf_tiered_cache.commands.bench import bench
 from hf_tiered_cache.commands.env import env
 from hf_tiered_cache.commands.manners import fail
+from hf_tiered_cache.commands.serve import serve
+from hf_tiered_cache.commands.store import store
 from hf_tiered_cache.commands.trace import trace
 from hf_tiered_cache.commands.verify import verify
 from hf_tiered_cache.evaluation.versions import package_version
@@ -71,8 +73,10 @@ def commands(
     """Look at the tiered KV cache on your own machine and with your own model."""
 
 
-for command in (env, verify, bench, trace):
+for command in (env, verify, bench, trace, serve):
     app.command()(command)
+
+app.add_typer(store, name="store", cls=Commands)
 
 
 def main() -> None:

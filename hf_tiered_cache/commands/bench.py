@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import MISSED, command, load_libraries, print_json
+from hf_tiered_cache.commands.manners import MISSED, command, load_libraries, print_json, tell
 from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.names import AUTO, model_name
 
@@ -36,6 +36,7 @@ def bench(
     disk_dir: options.DiskDir = None,
     disk_io: options.DiskIO = AUTO,
     threads: options.Threads = None,
+    quick: options.Quick = False,
     as_json: options.Json = False,
 ) -> None:
     """Time decoding behind a context, over DynamicCache on the same context.
@@ -49,19 +50,23 @@ def bench(
     options.check_cache(disk_dir, disk_io=disk_io)
     options.check_threads(threads)
     options.check_names(model, data, split, column, dtype, device)
-    shares = options.check_shares(off_device, MOST_OFF_DEVICE)
+    shares = options.check_shares(off_device, MOST_OFF_DEVICE, quick)
     load_libraries(threads)
     from hf_tiered_cache.evaluation.environment import environment
     from hf_tiered_cache.evaluation.models import (
         check_has_only_full_attention,
         check_positions,
         choose_device,
+        choose_dtype,
         load_model,
         load_outline,
         load_tokenizer,
     )
+    from hf_tiered_cache.evaluation.pace import format_seconds, measure_pace, quick_context
     from hf_tiered_cache.evaluation.slowdown import HEADINGS, Race, run_race
 
+    if quick:
+        new_tokens, rounds = min(new_tokens, options.QUICK_TOKENS), 1
     race = Race(
         shares=shares,
         new_tokens=new_tokens,
@@ -77,7 +82,18 @@ def bench(
     check_positions(outline, contexts[-1], new_tokens)
     tokenizer = load_tokenizer(model)
     (document,) = options.find_documents(tokenizer, data, split, column, join, contexts[-1] + 1)
+    dtype, why = choose_dtype(outline, dtype, where)
+    tell(why)
     loaded = load_model(model, dtype, where)
+    pace = measure_pace(loaded)
+
+    def seconds(context: int) -> float:
+        prefill = pace.seconds(context)
+        return prefill + race.num_decodes * (pace.seconds(context, new_tokens) - prefill)
+
+    if quick:
+        contexts = [quick_context(seconds, contexts[-1])]
+    tell(f"about {format_seconds(sum(map(seconds, contexts)))}")
     if not as_json:
         facts = environment(where)
         name = str(loaded.dtype).removeprefix("torch.")

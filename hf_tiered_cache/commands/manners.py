@@ -70,6 +70,12 @@ def check(is_right: bool, message: str) -> None:
         raise MistakeError(message)
 
 
+def tell(message: str) -> None:
+    """Say on stderr what is good to know while waiting; nothing if there is nothing to say."""
+    if message:
+        typer.echo(message, err=True)
+
+
 def print_json(results: Any) -> None:
     """Results alone on stdout."""
     json.dump(results, sys.stdout, indent=1, default=str)

@@ -8,6 +8,7 @@ import typer
 from hf_tiered_cache.commands.manners import check
 from hf_tiered_cache.config import TieredCacheConfig, disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import (
+    LANGUAGE_REFERENCE,
     STDLIB,
     Document,
     check_source,
@@ -22,7 +23,8 @@ Data = Annotated[
     str,
     typer.Option(
         help=f"What it reads: a text file, a folder of texts, {STDLIB} (sources of Python's "
-        "standard library), a parquet file, pg19, proof-pile, wikitext, or org/name of the hub."
+        f"standard library), {LANGUAGE_REFERENCE} (prose), a parquet file, pg19, proof-pile, "
+        "wikitext, or org/name of the hub."
     ),
 ]
 Split = Annotated[str | None, typer.Option(help="Of a data set.")]
@@ -45,9 +47,14 @@ BlockTokens = Annotated[int | None, typer.Option(help="A power of two; default: 
 DiskDir = Annotated[str | None, typer.Option(help="Folder of the disk tier.")]
 DiskIO = Annotated[str, typer.Option(help="auto, direct, buffered.")]
 Threads = Annotated[int | None, typer.Option(help="Of torch; default: torch's own choice.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Within a minute: fewer tokens, shares and rounds.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_SHARES = (0.0, 0.5, 0.9)
+QUICK_SHARES = (0.0, 0.9)
+QUICK_TOKENS = 8  # decoded, where more are not worth a minute
 
 
 def find_documents(
@@ -65,11 +72,11 @@ def find_documents(
     return long_documents(texts, tokenizer, min_tokens, number, is_joining)
 
 
-def check_shares(shares: list[float] | None, most: float) -> list[float]:
+def check_shares(shares: list[float] | None, most: float, quick: bool = False) -> list[float]:
     """Those asked for in order, or the default ones. Raises MistakeError for one above `most`."""
     for share in shares or ():
         check(0 <= share <= most, f"--off-device {share}: expected a share from 0 to {most:g}")
-    return sorted(set(shares or DEFAULT_SHARES))
+    return sorted(set(shares or (QUICK_SHARES if quick else DEFAULT_SHARES)))
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import check, command, load_libraries
+from hf_tiered_cache.commands.manners import check, command, load_libraries, tell
 from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.names import AUTO
 
@@ -32,6 +32,7 @@ def trace(
     disk_dir: options.DiskDir = None,
     disk_io: options.DiskIO = AUTO,
     threads: options.Threads = None,
+    quick: options.Quick = False,
     output: Annotated[
         Path, typer.Option(help="Written: OUTPUT.json for ui.perfetto.dev, and OUTPUT.png.")
     ] = Path("trace"),
@@ -53,9 +54,12 @@ def trace(
     from hf_tiered_cache.evaluation.models import (
         check_fits,
         choose_device,
+        choose_dtype,
         load_model,
+        load_outline,
         load_tokenizer,
     )
+    from hf_tiered_cache.evaluation.pace import format_seconds, measure_pace, quick_context
     from hf_tiered_cache.evaluation.scoring import fitting_shape
     from hf_tiered_cache.evaluation.timeline import (
         DECODE,
@@ -68,10 +72,17 @@ def trace(
     from hf_tiered_cache.observe import tracing
 
     where = choose_device(device)
-    check_fits(model, dtype, context, new_tokens, attention)
+    outline = load_outline(model, dtype)
+    check_fits(outline, context, new_tokens, attention)
     tokenizer = load_tokenizer(model)
     (document,) = options.find_documents(tokenizer, data, split, column, join, context)
+    dtype, why = choose_dtype(outline, dtype, where)
+    tell(why)
     loaded = load_model(model, dtype, where)
+    pace = measure_pace(loaded)
+    if quick:
+        context = quick_context(lambda one: pace.seconds(one, new_tokens), context)
+    tell(f"{context:,} tokens: about {format_seconds(pace.seconds(context, new_tokens))}")
     if attention:
         loaded.set_attn_implementation(attention)
     shape = fitting_shape(loaded, context, share, block_tokens, disk_dir)

@@ -5,7 +5,14 @@ from typing import Annotated
 import typer
 
 from hf_tiered_cache.commands import options
-from hf_tiered_cache.commands.manners import MISSED, check, command, load_libraries, print_json
+from hf_tiered_cache.commands.manners import (
+    MISSED,
+    check,
+    command,
+    load_libraries,
+    print_json,
+    tell,
+)
 from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.names import AUTO, model_name
 
@@ -29,6 +36,7 @@ def verify(
     block_tokens: options.BlockTokens = None,
     disk_dir: options.DiskDir = None,
     threads: options.Threads = None,
+    quick: options.Quick = False,
     as_json: options.Json = False,
 ) -> None:
     """Check that a model's logits and tokens through the cache are those of DynamicCache.
@@ -38,7 +46,7 @@ def verify(
     (the noise). The logits' bits must not depend on the share off the device. Ends with 1 if a bar
     is missed.
     """
-    shares = sorted({0.0, *options.check_shares(off_device, 1.0)})
+    shares = sorted({0.0, *options.check_shares(off_device, 1.0, quick)})
     check(
         0 < decode_tokens < context,
         f"--decode-tokens {decode_tokens}: expected 1 to {context - 1}, fewer than the --context",
@@ -56,22 +64,42 @@ def verify(
     from hf_tiered_cache.evaluation.models import (
         check_fits,
         choose_device,
+        choose_dtype,
         load_model,
+        load_outline,
         load_tokenizer,
     )
+    from hf_tiered_cache.evaluation.pace import format_seconds, measure_pace, quick_context
+    from hf_tiered_cache.evaluation.passes import num_passes
     from hf_tiered_cache.evaluation.scoring import Plan, make_windows
 
     where = choose_device(device)
-    check_fits(model, dtype, context, new_tokens, attention)
+    outline = load_outline(model, dtype)
+    check_fits(outline, context, new_tokens, attention)
     tokenizer = load_tokenizer(model)
     found = options.find_documents(tokenizer, data, split, column, join, context, documents)
+    dtype, why = choose_dtype(outline, dtype, where)
+    tell(why)
+    loaded = load_model(model, dtype, where)
+    name = str(loaded.dtype).removeprefix("torch.")
+    if quick:
+        found = found[:1]
+        decode_tokens = min(decode_tokens, options.QUICK_TOKENS)
+        new_tokens = min(new_tokens, options.QUICK_TOKENS)
+    pace = measure_pace(loaded)
+
+    def seconds(context: int) -> float:
+        passes = len(found) * num_passes(loaded, shares)
+        return passes * pace.seconds(context, decode_tokens + new_tokens)
+
+    if quick:
+        context = quick_context(seconds, context)
+    tell(f"{context:,} tokens: about {format_seconds(seconds(context))}")
     windows = [
         window
         for document in found
         for window in make_windows(document, tokenizer, context, None, 1)
     ]
-    loaded = load_model(model, dtype, where)
-    name = str(loaded.dtype).removeprefix("torch.")
     plan = Plan(chunk, decode_tokens, new_tokens)
     passes = verification.run(loaded, windows, plan, shares, attention, block_tokens, disk_dir)
     rows = parity.rows(name, passes)

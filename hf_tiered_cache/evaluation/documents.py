@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_tiered_cache.evaluation.standard_library import held_out_files, relative_path
+from hf_tiered_cache.evaluation.standard_library import (
+    held_out_files,
+    language_reference,
+    relative_path,
+)
 
 STDLIB = "stdlib"
+LANGUAGE_REFERENCE = "python-reference"
+INSTALLED = (STDLIB, LANGUAGE_REFERENCE)  # with every Python
 TEXT_SEPARATOR = "\n\n"
 # Texts looked at before giving up on finding long ones: a data set may have millions of rows.
 MAX_TEXTS = 100_000
@@ -63,8 +69,9 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
     """Yield the texts of `source` in a fixed order.
 
     source: "stdlib" (sources of the running Python's standard library that the tiny model was not
-    trained on, by path), a text file, a parquet file, a folder of text files or of a saved data
-    set, a name in HUB_DATASETS, or "org/name" of the hub. split, column: of a data set.
+    trained on, by path), "python-reference" (Python's language reference, one text), a text file,
+    a parquet file, a folder of text files or of a saved data set, a name in HUB_DATASETS, or
+    "org/name" of the hub. split, column: of a data set.
     Raises DataError.
     """
     check_source(source, split, column)
@@ -72,6 +79,8 @@ def read_texts(source: str, split: str | None = None, column: str | None = None)
     if source == STDLIB:
         for file in held_out_files():
             yield Text(relative_path(file), file.read_text(encoding="utf-8"))
+    elif source == LANGUAGE_REFERENCE:
+        yield Text(LANGUAGE_REFERENCE, language_reference())
     elif path.is_dir() and (path / "dataset_info.json").exists():
         yield from _rows(_datasets().load_from_disk(str(path)), path.name, column or "text")
     elif path.is_dir():
@@ -88,13 +97,14 @@ def check_source(source: str, split: str | None, column: str | None) -> None:
     """Raise DataError for what can be none of the sources that `read_texts` takes, and for a split
     or column of what is no data set. Reads nothing."""
     path = Path(source).expanduser()
-    is_named = source in (STDLIB, *HUB_DATASETS) or source.count("/") == 1
+    is_named = source in (*INSTALLED, *HUB_DATASETS) or source.count("/") == 1
     if not is_named and not path.is_dir() and not path.is_file():
         raise DataError(
-            f"--data {source}: no such file or folder; expected {STDLIB}, a text or parquet file, "
-            f"a folder of texts, one of {', '.join(HUB_DATASETS)}, or org/name of the hub"
+            f"--data {source}: no such file or folder; expected {', '.join(INSTALLED)}, a text or "
+            f"parquet file, a folder of texts, one of {', '.join(HUB_DATASETS)}, or org/name of "
+            "the hub"
         )
-    if (split or column) and (source == STDLIB or (path.exists() and not _is_data_set(path))):
+    if (split or column) and (source in INSTALLED or (path.exists() and not _is_data_set(path))):
         name, given = ("--split", split) if split else ("--column", column)
         raise DataError(f"{name} {given}: --data {source} is no data set; leave it out")
 

@@ -24,8 +24,11 @@ from hf_tiered_cache.evaluation.names import (
     check_model,
     not_loaded,
 )
+from hf_tiered_cache.evaluation.rates import matmul_slowdown
 from hf_tiered_cache.integration import attention
 
+# Times float32's from which on half precision is no user's choice but this machine's lack.
+SLOW_MATMUL = 3
 NOT_LOADED = (OSError, ValueError, ImportError, SafetensorError)
 
 
@@ -62,12 +65,27 @@ def load_outline(name: str, dtype: str = AUTO) -> PreTrainedModel:
     return model
 
 
+def choose_dtype(outline: PreTrainedModel, dtype: str, device: torch.device) -> tuple[str, str]:
+    """What to load a model in, and why if it is not the checkpoint's own: for "auto", float32
+    on a CPU whose matmuls are slow in the checkpoint's own dtype."""
+    own = outline.dtype
+    if dtype != AUTO or device.type != "cpu" or own == torch.float32:
+        return dtype, ""
+    slowdown = matmul_slowdown(own)
+    if slowdown < SLOW_MATMUL:
+        return dtype, ""
+    name = str(own).removeprefix("torch.")
+    return "float32", (
+        f"in float32: {name}, which the weights are in, takes torch {slowdown:.0f}x as long on "
+        f"this processor (--dtype {name} measures it all the same)"
+    )
+
+
 def check_fits(
-    name: str, dtype: str, context: int, new_tokens: int, attention: str | None = None
+    outline: PreTrainedModel, context: int, new_tokens: int, attention: str | None = None
 ) -> None:
     """Raise ModelError, before any weights are loaded, for a model of which the cache keeps nothing
     in blocks, that was not made for so many tokens, or that does not take that attention."""
-    outline = load_outline(name, dtype)
     check_has_full_attention(outline)
     check_positions(outline, context, new_tokens)
     if attention is not None:

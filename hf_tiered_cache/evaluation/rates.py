@@ -1,4 +1,4 @@
-"""How fast this machine's memory and disk give bytes back, in a few seconds.
+"""How fast this machine's memory and disk give bytes back, and torch multiplies, in a few seconds.
 
 The disk is asked through the disk tier itself, checksums included: what it reads here is what a
 decode can be fed with.
@@ -23,6 +23,8 @@ MEMORY_BYTES = 512 * 1024 * 1024  # far more than any cache of a processor holds
 FILE_BYTES = 512 * 1024 * 1024
 MIN_FILE_BYTES = 64 * 1024 * 1024
 SECONDS = 1.5  # for each figure
+MATMUL_ROWS, MATMUL_WIDTH = 64, 512  # a prefill's shape; larger ones differ as much
+MATMUL_ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,28 @@ def memory_read_rate(seconds: float = SECONDS) -> float:
         numbers.sum()
         best = max(best, numbers.nbytes / (perf_counter() - start))
     return best
+
+
+def matmul_slowdown(dtype: torch.dtype) -> float:
+    """Time of torch's matmul on the CPU in `dtype` over float32's; far above 1 where the processor
+    has no instructions for it (AVX2, bfloat16: 20 to 30; measured, so no processor need be known).
+
+    One thread, and the fastest of rounds in turn: others on the machine do not count.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds: dict[torch.dtype, list[float]] = {dtype: [], torch.float32: []}
+        for _ in range(MATMUL_ROUNDS):
+            for one, times in seconds.items():
+                rows = torch.ones(MATMUL_ROWS, MATMUL_WIDTH, dtype=one)
+                weights = torch.ones(MATMUL_WIDTH, MATMUL_WIDTH, dtype=one)
+                start = perf_counter()
+                torch.nn.functional.linear(rows, weights)
+                times.append(perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return min(seconds[dtype]) / min(seconds[torch.float32])
 
 
 def disk_rates(

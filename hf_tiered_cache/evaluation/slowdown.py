@@ -24,6 +24,7 @@ from hf_tiered_cache.integration.cache import TieredCache
 from hf_tiered_cache.integration.progress import progress_bar
 
 DYNAMIC, RELOADING, OFFLOADED = "DynamicCache", "re-reading layers", "DynamicCache, offloaded"
+WARMUP = 1  # rounds that do not count
 HEADINGS = f"{'context':>8} {'cache':<26} {'off device':>10} {'tokens/s':>9} {'slowdown':>9}"
 
 
@@ -60,6 +61,11 @@ class Race:
     disk_dir: str | None = None
     disk_io: str = "auto"
     has_reloading: bool = True
+
+    @property
+    def num_decodes(self) -> int:
+        """Times that new tokens are decoded, on a CPU."""
+        return (1 + len(self.shares) + self.has_reloading) * (self.rounds + WARMUP)
 
 
 class ReloadingLayer(DynamicLayer):
@@ -125,7 +131,7 @@ def _time_sides(
     sides: dict[str, Cache], model: PreTrainedModel, ids: torch.Tensor, race: Race
 ) -> list[Row]:
     tokens: dict[str, list[int]] = {}
-    bar = progress_bar(len(sides) * (race.rounds + 1), "rounds", "run")
+    bar = progress_bar(len(sides) * (race.rounds + WARMUP), "rounds", "run")
 
     def timed(name: str) -> float:
         tokens[name], seconds = decode(model, sides[name], ids, race.new_tokens)
@@ -136,7 +142,7 @@ def _time_sides(
         samples = paired(
             *(lambda name=name: timed(name) for name in sides),
             rounds=race.rounds,
-            warmup=1,
+            warmup=WARMUP,
         )
     rows = []
     for name, one in zip(sides, samples, strict=True):

@@ -1,7 +1,8 @@
-"""Text that every machine already has: the sources of the running Python's standard library.
+"""Text that every machine already has: what comes with the running Python.
 
-About 25 MB, split into training and held-out files by a hash of their path: the tiny model of the
-evaluations was trained on the one half only. Another Python version has other texts.
+The sources of its standard library, about 25 MB, are split into training and held-out files by a
+hash of their path: the tiny model of the evaluations was trained on the one half only. And the
+language reference, which is prose. Another Python version has other texts.
 """
 
 import functools
@@ -42,6 +43,13 @@ def held_out_files(min_bytes: int = 16 * 1024) -> list[Path]:
 def read_files(paths: list[Path]) -> str:
     """Join the files' texts, a newline between two of them."""
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def language_reference() -> str:
+    """Python's language reference as `help()` knows it: half a megabyte of English prose."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
 
 
 @functools.cache

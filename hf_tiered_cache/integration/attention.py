@@ -21,8 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_tiered_cache.integration import forwards
-from hf_tiered_cache.integration import masks as mask_reading
+from hf_tiered_cache.integration import forwards, masks
 from hf_tiered_cache.integration.dense_attention import explicit_mask, textbook_attention
 from hf_tiered_cache.integration.paged_states import PagedStates, RefuseBackward, Snapshot
 from hf_tiered_cache.kernels import ops
@@ -128,9 +127,9 @@ def _attend(
         if causal:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     elif attention_mask.dim() == 2:
-        starts, mask = mask_reading.padding(attention_mask)
+        starts, mask = masks.padding(attention_mask)
     elif attention_mask.dtype == torch.bool:
-        starts, mask = mask_reading.boolean(attention_mask, batch, query_start, kv_tokens)
+        starts, mask = masks.boolean(attention_mask, batch, query_start, kv_tokens)
         causal = mask is None  # else the mask says it all
     else:
         bias = attention_mask if bias is None else bias + attention_mask
@@ -159,7 +158,7 @@ _attend_uncompiled = torch.compiler.disable(_attend)
 def _stream_attention(
     snapshot: Snapshot, query: torch.Tensor, call: ops.AttentionCall
 ) -> torch.Tensor:
-    """Attend all blocks of a snapshot, in block order, as they become resident.
+    """Attend the blocks of a snapshot, in block order, as they become resident.
 
     Returns `[batch, queries, heads, value_dim]`. One call of the kernel when everything is
     resident, else one per chunk, folded into a running state: the same bits either way.
@@ -169,10 +168,13 @@ def _stream_attention(
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
     heads_first = out.transpose(1, 2)
     layer = snapshot.table.layer
-    with manager.read_lock, span(ATTENTION, layer), manager.read(snapshot) as reading:
+    selection = snapshot.owner.selection
+    with manager.read_lock, span(ATTENTION, layer), manager.read(snapshot, selection) as reading:
         if reading.resident is not None:
             ops.paged_attention(query, reading.resident, call, out=heads_first, return_lse=False)
             return out
+        if reading.has_gaps:
+            call = call._replace(has_gaps=True)
         state = ops.RunningState.begin(query, layout.value_dim)
         reading.attend_in_place(query, call)
         for chunk in reading.chunks():

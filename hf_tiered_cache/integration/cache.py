@@ -3,15 +3,17 @@
 The words and signatures of transformers end here, in `cache_layers.py` and in `attention.py`.
 """
 
+import contextlib
 import copy
 import operator
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Never
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -21,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from hf_tiered_cache.blocks.assembly import BlockMemory
+from hf_tiered_cache.blocks.selection import RESIDENT_ONLY, SelectionPolicy
 from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
@@ -38,9 +41,11 @@ from hf_tiered_cache.integration.compat import DummyLayer
 from hf_tiered_cache.integration.forward_guard import RESET, ForwardGuard
 from hf_tiered_cache.integration.paged_states import ModelIdentity
 from hf_tiered_cache.integration.savepoint import Savepoint
+from hf_tiered_cache.integration.stored_prefix import StoredPrefix, one_row, restore_layers
 from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.observe.metrics import CacheStats
+from hf_tiered_cache.observe.metrics import CacheStats, Counters, SpeculationCounters
 from hf_tiered_cache.sizes import AUTO
+from hf_tiered_cache.store.block_store import BlockStore
 
 
 class TieredCache(DynamicCache):
@@ -72,6 +77,10 @@ class TieredCache(DynamicCache):
             own as "module:Class" (docs/extending.md), or "auto": "bf16_12bit" for bfloat16.
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
+        attend: what attention reads: "all", or approximately "resident_only" (what is on the
+            device, without loads), or a selection policy of your own (docs/extending.md).
+        store: a `BlockStore`: `restore` finds prefixes there, `publish` puts full blocks there
+            (docs/reuse.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
 
     Raises ConfigError for an impossible or unknown value, before anything is allocated.
@@ -102,6 +111,8 @@ class TieredCache(DynamicCache):
         extra_tiers: Mapping[str, int | str] | None = None,
         packing: str = AUTO,
         demotion: str = "by_age",
+        attend: str = "all",
+        store: BlockStore | None = None,
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
         offloading: bool = False,
@@ -133,6 +144,7 @@ class TieredCache(DynamicCache):
             extra_tiers=extra_tiers,
             packing=packing,
             demotion=demotion,
+            attend=attend,
         )
         if tiers is not None and given.asked():
             raise ConfigError(f"give either tiers= or {', '.join(given.asked())}, not both")
@@ -140,8 +152,13 @@ class TieredCache(DynamicCache):
         layers = DynamicCache(config=config).layers
         tiered_types = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         num_tiered = sum(type(layer) in tiered_types for layer in layers)
-        pool = BlockMemory(tiers, expected_tables=num_tiered)
+        if store is not None and not isinstance(store, BlockStore):
+            raise ConfigError(f"store={store!r}: expected a BlockStore or None")
+        self._stored = None if store is None else StoredPrefix(store)
+        pool = BlockMemory(tiers, expected_tables=num_tiered, store=store)
         self._own(pool)
+        self._allowed(pool.selection)
+        self.speculation = SpeculationCounters()
         attention.enable()
         Cache.__init__(self, layers=layers)
         self._num_layers = len(layers)  # as the config told, or 0
@@ -184,6 +201,100 @@ class TieredCache(DynamicCache):
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
     _update_uncompiled = torch.compiler.disable(update)
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where it finds prefixes and puts full blocks."""
+        return None if self._stored is None else self._stored.store
+
+    def restore(self, input_ids: Any, model: PreTrainedModel, salt: bytes | None = None) -> int:
+        """Begin with the longest prefix of `input_ids` that the store has of this model; the number
+        of its tokens, a multiple of `block_tokens`. `generate` then computes only the rest.
+
+        input_ids: ints `[tokens]`, or `[rows, tokens]` with equal rows, which then share what is
+        found. At least one token is left to be computed. salt: of this cache from now on, and of
+        its forks, in place of the store's. Nothing is loaded before it is attended;
+        a block whose bytes turn out to be wrong is a TierIOError of the forward that reads it, and
+        is not found again. Raises UnsupportedInputError for other ids, or where the cache holds
+        tokens, ConfigError where it has no store.
+        """
+        stored = self._stored_prefix()
+        ids, num_rows = one_row(input_ids)
+        if self.get_seq_length():
+            raise UnsupportedInputError(
+                f"restore() into a cache that holds {self.get_seq_length()} tokens: reset() it, or"
+                " make a new one"
+            )
+        with self._alone():
+            stored.reset()
+            stored.salt = stored.salt if salt is None else salt
+            found = stored.find(ids, model, self.layers, self._block_tokens() or None)
+            num_tokens = restore_layers(found, self.layers, model, num_rows)
+            stored.begins_with(ids[:num_tokens].expand(num_rows, -1))
+        return num_tokens
+
+    def publish(self, input_ids: Any = None, model: PreTrainedModel | None = None) -> int:
+        """Hand the full blocks that the store lacks to its publishing thread; the number of blocks.
+        `store.flush()` waits until they are written.
+
+        Which tokens are held is known from the forwards that brought them; input_ids: compared with
+        that (as far as it goes), where given. model: see to it that its weights are still those the
+        tokens were computed with. Blocks of tokens that came otherwise than as plain ids (padding,
+        embeddings, positions of one's own) are not published: counted in `store.stats()`, and told
+        once. Raises UnsupportedInputError for other ids, ConfigError without a store.
+        """
+        stored = self._stored_prefix()
+        with self._alone():
+            if input_ids is not None:
+                stored.check_same(input_ids)
+            published = stored.published(self.layers, self._owned, model)
+        return 0 if published is None else published.submit()
+
+    def block_names(self) -> tuple[bytes, list[bytes]] | None:
+        """(the model's namespace, the keys of the full blocks of the first row) as the store names
+        them; None where they have no name."""
+        return self._stored_prefix().names(self.layers, self._owned)
+
+    def before_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], None] | None:
+        """A forward of `model` begins; what is to be done when it went through.
+
+        Assisted decoding of transformers (5.17 to 5.23, with any cache) gives the whole sequence
+        once more to a model whose cache holds its beginning: that is cut off here. Raises
+        UnsupportedInputError where it cannot be.
+        """
+        stored = self._stored
+        if stored is None or not self._owned.selection.is_exact:  # a draft, which leaves nothing
+            return None
+        held = self.get_seq_length()
+        stored.cut_what_is_held(kwargs, held)
+        if stored.is_publishing and held:
+            self.publish()  # what was held when the next forward begins will stay
+        return stored.told(model, args, kwargs, held).note
+
+    @property
+    def restored_tokens(self) -> int:
+        """Of the tokens held, those that came from the store."""
+        return 0 if self._stored is None else self._stored.restored_tokens
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """While the `with` block runs, full blocks are published when the next forward begins, and
+        the last ones behind it, unless it raises."""
+        stored = self._stored_prefix()
+        stored.is_publishing = True
+        try:
+            yield
+            self.publish()
+        finally:
+            stored.is_publishing = False
+
+    def _stored_prefix(self) -> StoredPrefix:
+        self._check_open()
+        if self._stored is None:
+            raise ConfigError("this cache has no store: TieredCache(config, store=BlockStore(...))")
+        return self._stored
 
     def _check_layer(self, layer_idx: int) -> int:
         """`layer_idx` as an int; raises UnsupportedInputError for anything that is no index."""
@@ -354,6 +465,8 @@ class TieredCache(DynamicCache):
             # Those that may refuse come first.
             for layer in sorted(self.layers, key=lambda layer: type(layer) is TieredLayer):
                 layer.crop(tokens_to_remove)
+            if self._stored is not None:
+                self._stored.crop(super().get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search; tiered layers share blocks instead of copying."""
@@ -380,6 +493,8 @@ class TieredCache(DynamicCache):
                     layer.select_rows(rows)  # the first one raises if a row does not exist
                 else:
                     layer.reorder_cache(index)
+            if self._stored is not None:
+                self._stored.select(rows)
 
     def _check_whole(self) -> None:
         for layer in self.layers:
@@ -406,6 +521,8 @@ class TieredCache(DynamicCache):
         self._guard.give_up()
         with self._alone(RESET):
             super().reset()
+            if self._stored is not None:
+                self._stored.reset()
 
     def _in_forward(self, layer_idx: int, brings_tokens: bool = False) -> ForwardGuard:
         """While a forward is at this layer. Raises CacheInUseError."""
@@ -414,6 +531,47 @@ class TieredCache(DynamicCache):
     def _alone(self, change: str | None = None) -> ForwardGuard:
         """While all layers are read, or changed by `change`, at once. Raises CacheInUseError."""
         return self._guard.admit_alone(self._last_layer, change)
+
+    @contextlib.contextmanager
+    def attending(self, selection: str) -> Iterator[None]:
+        """Let attention read what this selection policy chooses (`attend=`) in forwards through
+        this cache within the `with` block. Raises ConfigError for an unknown one.
+
+        Tensors that an operation of torch builds of a layer's keys and values stay whole. What the
+        forwards append follows from what they attended, so a cache with a store refuses a policy
+        that is not exact (ConfigError).
+        """
+        chosen = self._allowed(SelectionPolicy.by_name(selection)())
+        before = self._owned.selection
+        self._owned.selection = chosen
+        try:
+            yield
+        finally:
+            self._owned.selection = before
+
+    def _allowed(self, selection: SelectionPolicy) -> SelectionPolicy:
+        """The policy; raises ConfigError where what it leads to would be put into a store."""
+        if self._stored is not None and not selection.is_exact:
+            raise ConfigError(
+                f"attend={selection.name!r} with a store: what approximate attention leads to must"
+                " not be found by others; leave out store= or attend="
+            )
+        return selection
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Let forwards within the `with` block guess: they attend only what is on the device, load
+        nothing, and what they append is dropped at the end. `speculate` drafts so."""
+        self._check_open()
+        before = self._savepoint()
+        selection = self._owned.selection
+        self._owned.selection = RESIDENT_ONLY
+        try:
+            yield
+        finally:
+            self._owned.selection = selection
+            with self._alone("drafting"):
+                before.restore(forwards.Forward())
 
     def _savepoint(self) -> Savepoint:
         return Savepoint(self.layers, self._owned)
@@ -449,7 +607,14 @@ class TieredCache(DynamicCache):
             tiers=pool.tier_stats(),
             lanes=pool.lane_stats(),
             counters=pool.counters(),
+            attend=self._owned.selection.name,
+            is_exact=self._owned.selection.is_exact,
+            speculation=replace(self.speculation),
         )
+
+    def counters(self) -> Counters:
+        """The running totals alone; `stats()` has them too, and looks through all blocks."""
+        return self._owned.pool.counters()
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -497,10 +662,12 @@ class TieredCache(DynamicCache):
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork
             for name, value in vars(self).items():
-                if name not in ("_owned", "_guard", "layers"):
+                if name not in ("_owned", "_guard", "_stored", "layers"):
                     setattr(fork, name, copy.deepcopy(value, memo))
             fork._own(self._owned.pool)
+            fork._stored = None if self._stored is None else self._stored.copy()
             fork._owned.model = ModelIdentity(self._owned.model)
+            fork._owned.was_assigned = self._owned.was_assigned
             fork.layers = [
                 layer.fork(fork._owned)
                 if isinstance(layer, TieredLayer)

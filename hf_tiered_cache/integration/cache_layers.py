@@ -6,7 +6,7 @@ everything seen; which tier holds what is the business of the rooms below.
 
 import copy
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ from hf_tiered_cache.integration.forward_guard import ForwardGuard
 from hf_tiered_cache.integration.paged_states import ModelIdentity, PagedStates, Snapshot
 from hf_tiered_cache.integration.read_only import ReadOnlyTensor
 from hf_tiered_cache.kernels import checks
+from hf_tiered_cache.layout import BlockLayout
+from hf_tiered_cache.store.files import OpenBlock
 
 MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
 
@@ -34,13 +36,16 @@ class OwnedTables:
     """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
     the cache, shallow copies of it, its layers, and handles on their keys and values.
 
-    `model` is the one that attends them, `find_guard` a weak reference to the guard of the
-    cache.
+    `model` is the one that attends them, `selection` says what of them, `find_guard` is a weak
+    reference to the guard of the cache.
     """
 
     def __init__(self, pool: BlockMemory) -> None:
         self.pool = pool
         self.model = ModelIdentity()
+        self.selection = pool.selection
+        self.was_assigned = False
+        """Whether keys or values came otherwise than from a model."""
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         # What follows from the tables; forgotten before they change, lest an interrupt keeps it.
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
@@ -76,6 +81,10 @@ class OwnedTables:
             self._scans[manager] = [table for _, (owner, table) in owners if owner is manager]
         return self._scans[manager]
 
+    def table(self, layer_idx: int) -> tuple[OffloadManager, BlockTable] | None:
+        """A layer's manager and table; None where it has none."""
+        return self._tables.get(layer_idx)
+
     def add(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
         self._forget_order()
         self._tables[layer_idx] = (manager, table)
@@ -88,6 +97,7 @@ class OwnedTables:
         manager.drop_table(table)
         if not self._tables:
             self.model = ModelIdentity()  # an empty cache is free for another model
+            self.was_assigned = False
 
     def replace(self, layer_idx: int, manager: OffloadManager, table: BlockTable) -> None:
         """Put a table in the place of a layer's own, which is kept as long as a forward that is
@@ -206,6 +216,24 @@ class TieredLayer(CacheLayerMixin):
         self._owned.add(self._layer_idx, self._manager, self._table)
         self.is_initialized = True
 
+    def begin_with(
+        self,
+        layout: BlockLayout,
+        device: torch.device,
+        blocks: Sequence[OpenBlock],
+        number: int,
+        num_rows: int,
+    ) -> None:
+        """Let this layer, which is empty, hold the tokens of blocks of a store, the same in every
+        row: cold ones, read when they are attended. `number`: of the extent that is its part."""
+        pool = self._owned.pool
+        manager = pool.manager_of(layout, device)
+        stored = pool.store_tier(manager)
+        with manager.lock:
+            table = manager.new_table(self._layer_idx, num_rows)
+            manager.adopt(table, stored.adopt(blocks, number))
+            self._go_on_with(manager, table)
+
     def _states(self, part: str) -> torch.Tensor | None:
         if part in self._assigned:
             return self._assigned[part]
@@ -226,6 +254,7 @@ class TieredLayer(CacheLayerMixin):
                 f"{part} of layer {self._layer_idx} = {got:.80}: expected a floating-point tensor "
                 "[batch, kv_heads, tokens, head_dim]; reset() forgets keys and values"
             )
+        self._owned.was_assigned = True
         dense = states.materialize() if isinstance(states, ReadOnlyTensor) else states.detach()
         assigned = {**self._assigned, part: dense}
         keys, values = (assigned.get(one, self._states(one)) for one in ("keys", "values"))

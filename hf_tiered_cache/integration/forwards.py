@@ -166,14 +166,19 @@ def _watched(call: Callable[..., Any]) -> Callable[..., Any]:
         lifetime = _Call()
         forward = Forward(lifetime)
         is_good = False
+        past = kwargs.get("past_key_values")
+        before = getattr(past, "before_forward", None)
+        note = None if before is None else before(model, args, kwargs)
         try:
-            forward.note_cross_attention(kwargs.get("past_key_values"))
+            forward.note_cross_attention(past)
             _here.forward = forward
             outputs = call(model, *args, **kwargs)
             is_good = True
         finally:
             forward.end(is_good)
             _here.forward = None
+        if note is not None:
+            note()
         return outputs
 
     return watched_call

@@ -19,7 +19,18 @@ from hf_tiered_cache.kernels.state import AttentionState, RunningState, weight
 from hf_tiered_cache.kernels.view import BlockView
 
 KNOWN_FACTS = frozenset(
-    ("kv_tokens", "query_start", "scale", "causal", "starts", "mask", "bias", "softcap", "sinks")
+    (
+        "kv_tokens",
+        "query_start",
+        "scale",
+        "causal",
+        "starts",
+        "mask",
+        "bias",
+        "softcap",
+        "sinks",
+        "has_gaps",
+    )
 )
 SCORES_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time; queries are sliced to keep to it
 

@@ -116,6 +116,9 @@ class Tier(Registered, ABC, kind="tier"):
     """Whether its blocks lie in `slab`, where kernels attend them and lower tiers store them from.
     Of the tiers of a cache only the last may be without."""
 
+    is_read_only: ClassVar[bool] = False
+    """Whether its blocks come from elsewhere: nothing is demoted to it. Such a tier is the last."""
+
     codec: Codec | None = None
     """What the tier encodes blocks with; `read` and `write` take them as they are all the same."""
 

@@ -91,6 +91,7 @@ class DeviceSideTier(Tier):
         super().__init__(tier.block_bytes, tier.budget)
         self.tier = tier
         self.name = tier.name
+        self.is_read_only = tier.is_read_only  # type: ignore[misc]
         self._lane = lane
         self._ring = ring
         # By slot, the last transfer of its kind; it may have ended. Each kind keeps its order, so

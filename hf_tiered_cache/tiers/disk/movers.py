@@ -8,6 +8,7 @@ threads are shared by all tiers of the process.
 """
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from itertools import count
 from types import ModuleType
@@ -43,6 +44,26 @@ class Mover(Protocol):
 
     def close(self) -> None:
         """Let the threads go; every job has ended. May be repeated."""
+
+
+class Jobs(Protocol):
+    """What holds the jobs of a tier that were begun and not forgotten."""
+
+    @property
+    def users(self) -> Sequence[RecordsJob]: ...
+
+
+def end_jobs(mover: Mover, jobs: Jobs) -> None:
+    """Cancel what no thread is at, wait for the rest."""
+    users = jobs.users
+    for job in users:
+        mover.cancel(job)
+    # Garbage collection may finalize the tier in one of the very threads.
+    own = {job.transfer for job in users if job.runner == threading.get_ident()}
+    for job in users:
+        if job.transfer not in own:
+            job.transfer.outlast()
+            job.conclude_again()
 
 
 def moving_core() -> ModuleType | None:

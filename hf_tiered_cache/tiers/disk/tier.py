@@ -5,7 +5,6 @@ The checksums live in memory: the file outlives nothing, so nothing needs to be 
 
 import math
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier, check_blocks
 from hf_tiered_cache.tiers.codecs import Codec
 from hf_tiered_cache.tiers.disk.block_file import BlockFile
 from hf_tiered_cache.tiers.disk.encoded import EncodedTier
-from hf_tiered_cache.tiers.disk.movers import Mover, make_mover
+from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover
 from hf_tiered_cache.tiers.disk.record_jobs import (
     ReadRecords,
     RecordsJob,
@@ -307,18 +306,5 @@ def _shut_down(pid: int, mover: Mover, table: RecordTable[RecordsJob], file: Blo
         file.close_after_fork()
         return
     do_all(
-        table.stop_waiting, partial(_end_jobs, mover, table), mover.close, file.close, table.close
+        table.stop_waiting, partial(end_jobs, mover, table), mover.close, file.close, table.close
     )
-
-
-def _end_jobs(mover: Mover, table: RecordTable[RecordsJob]) -> None:
-    """Cancel what no thread is at, wait for the rest."""
-    jobs = table.users
-    for job in jobs:
-        mover.cancel(job)
-    # Garbage collection may finalize the tier in one of the very threads.
-    own = {job.transfer for job in jobs if job.runner == threading.get_ident()}
-    for job in jobs:
-        if job.transfer not in own:
-            job.transfer.outlast()
-            job.conclude_again()

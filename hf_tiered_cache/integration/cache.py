@@ -73,8 +73,8 @@ class TieredCache(DynamicCache):
             "auto".
         extra_tiers: tiers of your own between host memory and disk, from the top down, by name or
             "module:Class", with their bytes (docs/extending.md).
-        packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of your
-            own as "module:Class" (docs/extending.md), or "auto": "bf16_12bit" for bfloat16.
+        packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of
+            your own as "module:Class" (docs/extending.md), "auto": "bf16_12bit" for bfloat16.
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
         attend: what attention reads: "all", or approximately "resident_only" (what is on the

@@ -3,11 +3,11 @@
     python eval/bench_host_cost.py
     python eval/bench_host_cost.py --profile
 
-32 layers update and attend, as a decode step does, behind contexts of 32K and 128K tokens whose
-blocks (256 tokens each, made small, for no byte matters here) lie partly in host memory. Loads are
-never ready when they are asked for, which costs the host most. Printed: thread CPU time for a token
-and, for each layer, the calls of Python and of CUDA. The calls are the same on every machine; tests
-hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same tokens.
+A model whose 32 layers update and attend and do nothing else decodes behind contexts of 32K and 128K
+tokens whose blocks (256 tokens each, made small, for no byte matters here) lie partly in host memory.
+Loads are never ready when they are asked for, which costs the host most. Printed: thread CPU time
+for a token and, for each layer, the calls of Python and of CUDA. The calls are the same on every
+machine; tests hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same tokens.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_tiered_cache import TieredCache, tiered_attention_forward
@@ -224,13 +224,30 @@ class StubGpu:
 
 
 class Attention(torch.nn.Module):
-    """What an attention function wants to know of its layer."""
+    """A layer that attends: what an attention function wants to know of it."""
 
     is_causal = True
     num_key_value_groups = HEADS // KV_HEADS
 
+    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
 
-MODULE = Attention().eval()
+
+class Decoder(PreTrainedModel):
+    """A model of nothing but cache and attention: its call is a forward, as a model's is."""
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.attentions = [Attention(self.config, layer).eval() for layer in range(LAYERS)]
+
+    def forward(self, past_key_values: Cache, attend: Callable[..., Any]) -> None:
+        for layer, attention in enumerate(self.attentions):
+            states = past_key_values.update(KEYS, VALUES, layer)
+            attend(attention, QUERY, *states, None, scaling=0.1)
+
+
+MODEL = Decoder().eval()
 QUERY = torch.randn(1, HEADS, 1, HEAD_DIM)
 KEYS, VALUES = torch.randn(2, 1, KV_HEADS, 1, HEAD_DIM).unbind(0)
 
@@ -261,9 +278,7 @@ def filled(case: Case) -> TieredCache:
 def token(cache: Cache, attend: Callable[..., Any] = tiered_attention_forward) -> float:
     """Thread CPU seconds of one token."""
     start = thread_time()
-    for layer in range(LAYERS):
-        states = cache.update(KEYS, VALUES, layer)
-        attend(MODULE, QUERY, *states, None, scaling=0.1)
+    MODEL(past_key_values=cache, attend=attend)
     return thread_time() - start
 
 

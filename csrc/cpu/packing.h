@@ -1,7 +1,7 @@
 // Packing and unpacking of bfloat16 blocks, see packed_blocks.h. Included once per instruction set,
 // see vector.h.
 //
-// All vectors are of 16 values here: the same bytes come out whatever the instruction set is.
+// 16 values at a time (8 where vectors have 16 bytes); the same bytes come out whatever it is.
 #pragma once
 
 #include "../packed_blocks.h"
@@ -11,9 +11,10 @@ namespace hf_tiered_cache {
 namespace HTC_ISA {
 namespace {
 
-typedef uint16_t Words __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-constexpr int64_t kWords = 16;
+constexpr int64_t kWords = HTC_VECTOR_BYTES < 32 ? 8 : 16;
+typedef uint16_t Words __attribute__((vector_size(2 * kWords)));
+typedef uint8_t Bytes __attribute__((vector_size(kWords)));
+constexpr int64_t kHalfGroup = kPackedGroup / 2;
 
 HTC_INLINE Words Widen(Bytes bytes) { return __builtin_convertvector(bytes, Words); }
 HTC_INLINE Bytes ToBytes(Words words) { return __builtin_convertvector(words, Bytes); }
@@ -22,9 +23,11 @@ HTC_INLINE Words Smaller(Words a, Words b) { return a < b ? a : b; }
 HTC_INLINE Words Larger(Words a, Words b) { return a > b ? a : b; }
 
 HTC_INLINE bool HasAny(Words words) {
-  uint64_t parts[4];
+  uint64_t parts[kWords / 4];
   Store(parts, words);
-  return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
+  uint64_t any = 0;
+  HTC_UNROLL for (int64_t i = 0; i < kWords / 4; ++i) any |= parts[i];
+  return any != 0;
 }
 
 HTC_INLINE uint16_t LoadWord(const uint8_t* from) {
@@ -50,13 +53,12 @@ HTC_INLINE void WidenBases(const uint8_t* bases, int64_t dim, uint16_t* wide) {
 
 HTC_INLINE void UnpackGroup(const uint8_t* low, const uint8_t* codes, const uint16_t* bases,
                             uint16_t* to) {
-  const Words both = Widen(Load<Bytes>(codes));
-  HTC_UNROLL for (int half = 0; half < 2; ++half) {
-    const Words code = (half == 0 ? both << 7 : both << 3) & (kZeroCode << 7);
-    const Words exponent = (Load<Words>(bases + half * kWords) - code) &
-                           (Words)(code != (kZeroCode << 7));
-    const Words rotated = Widen(Load<Bytes>(low + half * kWords));
-    Store(to + half * kWords, exponent | (rotated >> 1) | (rotated << 15));
+  HTC_UNROLL for (int64_t i = 0; i < kPackedGroup; i += kWords) {
+    const Words both = Widen(Load<Bytes>(codes + i % kHalfGroup));
+    const Words code = (i < kHalfGroup ? both << 7 : both << 3) & (kZeroCode << 7);
+    const Words exponent = (Load<Words>(bases + i) - code) & (Words)(code != (kZeroCode << 7));
+    const Words rotated = Widen(Load<Bytes>(low + i));
+    Store(to + i, exponent | (rotated >> 1) | (rotated << 15));
   }
 }
 
@@ -223,21 +225,27 @@ bool PackPlane(const uint16_t* values, int64_t tokens, int64_t dim, uint8_t* pla
     const bool is_whole = i + kPackedGroup <= num_values;
     if (!is_whole) __builtin_memcpy(group, values + i, (num_values - i) * 2);
     const uint16_t* from = is_whole ? values + i : group;
-    Words codes[2], missed[2];
-    HTC_UNROLL for (int half = 0; half < 2; ++half) {
-      const Words rotated = Rotate(Load<Words>(from + half * kWords));
+    Words codes[kPackedGroup / kWords], any = {};
+    uint16_t missed[kPackedGroup];
+    HTC_UNROLL for (int64_t j = 0; j < kPackedGroup; j += kWords) {
+      const Words rotated = Rotate(Load<Words>(from + j));
       const Words exponent = rotated >> 8;
-      const Words code = Load<Words>(wide + channel + half * kWords) - exponent;
+      const Words code = Load<Words>(wide + channel + j) - exponent;
       const Words is_zero = (Words)(exponent == 0);
-      const Words is_far = (Words)(code >= kZeroCode);
-      Store(plane + i + half * kWords, ToBytes(rotated & 0xff));
-      codes[half] = is_zero | is_far ? Words{} + kZeroCode : code;
-      missed[half] = is_far & ~is_zero;
+      const Words is_far = (Words)(code > kZeroCode - 1);
+      const Words is_missed = is_far & ~is_zero;
+      Store(plane + i + j, ToBytes(rotated & 0xff));
+      codes[j / kWords] = (code | is_zero | is_far) & kZeroCode;
+      Store(missed + j, is_missed);
+      any |= is_missed;
     }
-    Store(plane + parts.codes + i / 2, ToBytes(codes[0] | (codes[1] << 4)));
-    if (HasAny(missed[0] | missed[1])) {
+    HTC_UNROLL for (int64_t j = 0; j < kHalfGroup; j += kWords) {
+      const Words upper = codes[(j + kHalfGroup) / kWords];
+      Store(plane + parts.codes + i / 2 + j, ToBytes(codes[j / kWords] | (upper << 4)));
+    }
+    if (HasAny(any)) {
       for (int64_t j = 0; j < kPackedGroup; ++j) {
-        if (missed[j / kWords][j % kWords] == 0) continue;
+        if (missed[j] == 0) continue;
         if (num_exceptions == parts.most) return false;
         const uint16_t index = static_cast<uint16_t>(i + j);
         uint8_t* to = plane + parts.exceptions + 2 + 2 * num_exceptions++;

@@ -64,7 +64,10 @@ class KVBlock:
     @property
     def highest(self) -> int:
         """The rung of its highest copy."""
-        return next(rung for rung, slot in enumerate(self.slots) if slot is not None)
+        for rung, slot in enumerate(self.slots):  # no generator: asked for every block of a table
+            if slot is not None:
+                return rung
+        raise BlockStateError(f"{self} is nowhere")
 
     @property
     def is_stored(self) -> bool:
@@ -158,7 +161,7 @@ class Placement:
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
-    plans: dict[bool, Any] = field(default_factory=dict)
+    plans: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -351,8 +354,11 @@ class KVBlockManager:
         """Keep the first `num_tokens` tokens of every row; return the blocks nobody holds now."""
         if not 0 <= num_tokens <= table.num_tokens:
             raise BlockStateError(f"truncate {table.num_tokens} tokens to {num_tokens}")
+        was_filling = table.is_filling
         table.num_tokens = num_tokens  # first: whoever mends what was interrupted goes by it
         keep = table.layout.num_blocks(num_tokens)
+        if keep == table.num_blocks and (was_filling or not table.is_filling):
+            return []  # the last blocks only hold fewer tokens: nothing moved
         dropped: list[KVBlock] = []
         for row in table.rows:
             dropped += self._release(row[keep:])
@@ -577,8 +583,11 @@ class KVBlockManager:
 
 def _rungs(table: BlockTable) -> list[int | None]:
     """The rung of each column: that of the highest copies of its blocks, None where they differ."""
-    rungs = [{block.highest for block in column} for column in zip(*table.rows, strict=True)]
-    return [rung.pop() if len(rung) == 1 else None for rung in rungs]
+    rows = [[block.highest for block in row] for row in table.rows]
+    if len(rows) == 1:
+        return list(rows[0])
+    columns = zip(*rows, strict=True)
+    return [column[0] if len(set(column)) == 1 else None for column in columns]
 
 
 def _slots(rows: list[list[KVBlock]], rung: int) -> torch.Tensor:

@@ -36,13 +36,14 @@ class OwnedTables:
     """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
     the cache, shallow copies of it, its layers, and handles on their keys and values.
 
-    `model` is the one that attends them, `find_guard` a weak reference to the guard of the
-    cache.
+    `model` is the one that attends them, `selection` says what of them, `find_guard` is a weak
+    reference to the guard of the cache.
     """
 
     def __init__(self, pool: BlockMemory) -> None:
         self.pool = pool
         self.model = ModelIdentity()
+        self.selection = pool.selection
         self.was_assigned = False
         """Whether keys or values came otherwise than from a model."""
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}

@@ -105,7 +105,8 @@ def paged_attention(
         attend_blocks(state, query, view, call)
         return finish_attention(state, out, sinks=call.sinks)
     lse = query.new_empty(shape[:3], dtype=torch.float32) if return_lse else _NO_LSE
-    core.attend(query, view, call, None, out_pointers(out, lse, _as_float32(call.sinks)))
+    sinks = _as_float32(call.sinks)  # held until the core has read them: it is given an address
+    core.attend(query, view, call, None, out_pointers(out, lse, sinks))
     return AttentionState(out, lse)
 
 
@@ -163,7 +164,8 @@ def finish_attention(
     if core is None or out.dtype not in DTYPE_NUMBERS or not _is_compiled_state(state):
         return AttentionState(out, reference.finish_attention(state, out, sinks))
     lse = state.sum.new_empty(shape[:3])
-    core.finish(state, out.dtype, out_pointers(out, lse, _as_float32(sinks)))
+    sinks = _as_float32(sinks)  # held, as above
+    core.finish(state, out.dtype, out_pointers(out, lse, sinks))
     return AttentionState(out, lse)
 
 

@@ -14,16 +14,16 @@ journal.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
-
-from transformers.utils import logging
 
 from hf_tiered_cache.errors import ConfigError, TierIOError, io_error
 from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
@@ -34,7 +34,7 @@ from hf_tiered_cache.store.journal import Event, Journal, Record, TornJournalErr
 from hf_tiered_cache.store.policies import EvictionPolicy
 from hf_tiered_cache.store.publisher import Publisher
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 INGEST_MODES = ("all", "hot")
 LOAD_FAILURE_MODES = ("recompute", "raise")
@@ -201,7 +201,7 @@ class BlockStore:
             self.quarantine(space, key, error)
         except OSError as error:
             self.counters["errors"] += 1
-            logger.warning_once(
+            _warn_once(
                 f"the store {self.root} cannot be read ({error.strerror}): blocks are computed anew"
             )
         return None
@@ -358,12 +358,12 @@ class BlockStore:
     def bypass(self, reason: str) -> None:
         """Count, and tell once, that something went past the store."""
         self.counters["bypassed"] += 1
-        logger.warning_once(f"the store is bypassed where {reason}")
+        _warn_once(f"the store is bypassed where {reason}")
 
     def note_recompute(self, error: Exception) -> None:
         """Blocks that were found could not be read; what they held is computed anew."""
         self.counters["recomputed"] += 1
-        logger.warning_once(f"blocks of the store could not be read and are computed anew: {error}")
+        _warn_once(f"blocks of the store could not be read and are computed anew: {error}")
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything that was published is written; False where that took too long."""
@@ -371,7 +371,7 @@ class BlockStore:
 
     def _publishing_failed(self, error: Exception) -> None:
         self.counters["publish_errors"] += 1
-        logger.warning_once(f"blocks could not be published to {self.root}: {error}")
+        _warn_once(f"blocks could not be published to {self.root}: {error}")
         if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             self._is_read_only = True
 
@@ -589,6 +589,11 @@ class BlockStore:
                 space = known if known is not None and known.hex()[:16] == folder.name else space
                 if space is not None:
                     yield space, key, status
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _reopened(root: str, knobs: dict[str, Any]) -> BlockStore:

@@ -14,8 +14,6 @@ Where the parts lie is written in csrc/packed_blocks.h. Here is the same in plai
 means, and what runs without the compiled core.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,6 +39,9 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         super().__init__(layout)
         self._parts = [_Plane(layout, dim) for dim in (layout.key_dim, layout.value_dim)]
         self._shape = (layout.kv_heads, layout.block_tokens, layout.key_dim, layout.value_dim)
+        core = kernel_for(torch.empty(0)).core
+        if isinstance(core, CpuCore):
+            self.core_arguments = core.number, self._shape, self.encoded_bytes
 
     @classmethod
     def refusal(cls, layout: BlockLayout) -> str:
@@ -65,14 +66,6 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         """See `Codec.encoded_bytes`."""
         return whole_pages(self.data_bytes)
 
-    @property
-    def core_arguments(self) -> tuple[Any, ...] | None:  # type: ignore[override]
-        """See `Codec.core_arguments`."""
-        core = kernel_for(_ANY).core
-        if not isinstance(core, CpuCore):
-            return None
-        return core.number, self._shape, self.encoded_bytes
-
     def encode(self, block: Tensor, out: Tensor) -> bool:
         """See `Codec.encode`."""
         out[self.data_bytes :] = 0
@@ -92,6 +85,11 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         for part, raw, packed in self._planes(out, encoded):
             part.unpack(packed, raw)
 
+    def num_exceptions(self, encoded: Tensor) -> list[int]:
+        """Of every plane of an encoded block: what no code reached."""
+        planes = self._planes(torch.empty(self.layout.num_bytes, dtype=torch.uint8), encoded)
+        return [int(part.words(plane)[0]) for part, _, packed in planes for plane in packed]
+
     def _planes(self, block: Tensor, encoded: Tensor) -> list[tuple["_Plane", Tensor, Tensor]]:
         """Keys, then values: raw as int16 `[heads, tokens, dim]`, packed as uint8 `[heads, n]`."""
         layout, found = self.layout, []
@@ -109,9 +107,6 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
             )
             raw_start, packed_start = raw_end, packed_end
         return found
-
-
-_ANY = torch.empty(0)  # on the CPU
 
 
 class _Plane:
@@ -147,7 +142,7 @@ class _Plane:
         packed[:, self.bases : self.bases + self.dim] = bases
         for head, missed in enumerate(is_missed.flatten(1)):
             indices = missed.nonzero().flatten()
-            words = self._words(packed[head])
+            words = self.words(packed[head])
             words[0] = len(indices)
             words[1 : 1 + len(indices)] = _signed(indices)
             start = 1 + self.most
@@ -164,12 +159,12 @@ class _Plane:
         low = packed[:, : self.num_values].int().view(raw.shape)
         raw.copy_(_signed(exponents << 7 | low >> 1 | (low & 1) << 15))
         for head in range(len(packed)):
-            words = self._words(packed[head])
+            words = self.words(packed[head])
             count, start = int(words[0]), 1 + self.most
             indices = words[1 : 1 + count].long() & 0xFFFF
             raw[head].view(-1)[indices] = words[start : start + count]
 
-    def _words(self, plane: Tensor) -> Tensor:
+    def words(self, plane: Tensor) -> Tensor:
         """int16: the count of exceptions, the places for their indices, then for the values."""
         end = self.exceptions + 2 * (1 + 2 * self.most)
         return plane[self.exceptions : end].view(torch.int16)

@@ -164,7 +164,7 @@ class StoreTier(Tier):
             raise io_error(errno.EIO, "a block of the store was given back in an interrupt")
         transfer, reads = self._mover.transfer(len(slots)), cast(Any, self._reads)
         jobs = [
-            ReadExtent(source, reads, transfer, number, [slot], [block], direct=False)
+            ReadExtent(source, reads, transfer, number, [slot], [block], codec=None, direct=False)
             for number, (slot, source, block) in enumerate(zip(slots, sources, out, strict=True))
         ]
         self._reads.begin(jobs)

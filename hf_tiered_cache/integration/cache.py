@@ -75,8 +75,8 @@ class TieredCache(DynamicCache):
             "module:Class", with their bytes (docs/extending.md).
         packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of
             your own as "module:Class" (docs/extending.md), "auto": "bf16_12bit" for bfloat16.
-        demotion: which blocks leave a rung first: "by_age", or a policy of your own as
-            "module:Class" (docs/extending.md).
+        demotion: which blocks leave a rung first: "by_age", "sinks_and_recent" (for `speculate`),
+            or a policy of your own as "module:Class" (docs/extending.md).
         attend: what attention reads: "all", or approximately "resident_only" (what is on the
             device, without loads), or a selection policy of your own (docs/extending.md).
         store: a `BlockStore`: `restore` finds prefixes there, `publish` puts full blocks there
@@ -612,6 +612,12 @@ class TieredCache(DynamicCache):
             is_exact=self._owned.selection.is_exact,
             speculation=replace(self.speculation),
         )
+
+    @property
+    def begins_cold(self) -> bool:
+        """Whether the first block of some layer has left the device."""
+        rows = (row for table in self._owned.tables for row in table.rows if row)
+        return any(not row[0].is_resident for row in rows)
 
     def counters(self) -> Counters:
         """The running totals alone; `stats()` has them too, and looks through all blocks."""

@@ -24,7 +24,7 @@ from hf_tiered_cache.evaluation.names import (
     check_model,
     not_loaded,
 )
-from hf_tiered_cache.evaluation.rates import matmul_slowdown
+from hf_tiered_cache.planner.rates import matmul_slowdown
 from hf_tiered_cache.integration import attention
 
 # Times float32's from which on half precision is no user's choice but this machine's lack.

@@ -84,12 +84,11 @@ class DiskTier(Tier, name="disk"):
             self._first_direct_slot = 0
         else:
             self._first_direct_slot = page_cache_bytes // block_bytes
-        step_bytes = min(STEP_BYTES, budget.limit_bytes // STEPS_PER_BUDGET)
         pool = SlotPool(
             block_bytes,
             budget,
             self.name,
-            step_slots=max(1, step_bytes // block_bytes),
+            step_slots=self.step_slots(block_bytes, budget.limit_bytes),
             commit=lambda start, stop: reserve_records(file, start, stop, block_bytes),
         )
         self._table: RecordTable[RecordsJob] = RecordTable(pool)
@@ -111,6 +110,11 @@ class DiskTier(Tier, name="disk"):
             io=around.disk_io,
             page_cache_bytes=around.page_cache_bytes,
         )
+
+    @classmethod
+    def step_slots(cls, block_bytes: int, limit_bytes: int) -> int:
+        """For how many blocks disk space is reserved at a time, of such a budget."""
+        return max(1, min(STEP_BYTES, limit_bytes // STEPS_PER_BUDGET) // block_bytes)
 
     def allocate(self) -> int | None:
         """A slot; see `Tier.allocate`. Raises TierIOError when the disk is full."""

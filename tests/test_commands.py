@@ -76,16 +76,23 @@ def config_alone(tmp_path):
 
 
 def test_plan_needs_a_config_alone(config_alone, tmp_path):
-    done = run("plan", config_alone, "--context", "4096", "--device-bytes", "1MiB", "--threads=1")
+    done = run("plan", config_alone, "--context", "4096", "--device-bytes", "4MiB", "--threads=1")
     assert done.exit_code == 0, done.output
-    for expected in ("a token in", "read from here", "probe: ", "prefill", "decode, plain", "binds"):
+    for expected in (
+        "a token in",
+        "read from here",
+        "probe: ",
+        "prefill",
+        "decode, plain",
+        "binds",
+    ):
         assert expected in done.stdout
     assert len(done.stdout.splitlines()) < 25, "one screen"
     assert list((tmp_path / "blocks").iterdir()) == [], "what was measured left no file"
 
 
 def test_plan_by_a_profile_as_json(config_alone):
-    done = run("plan", config_alone, "--device-profile", "h200", "--device-bytes=1MiB", "--json")
+    done = run("plan", config_alone, "--device-profile", "h200", "--device-bytes=4MiB", "--json")
     found = json.loads(done.stdout)
     assert found["is_prediction"] and not found["rates_are_measured"]
     assert sum(tier["home_blocks"] for tier in found["tiers"]) * found["block_tokens"] >= 32768

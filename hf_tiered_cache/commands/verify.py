@@ -1,6 +1,6 @@
 """`verify MODEL`: does the cache change what this model says? The bars of `evaluation.bars`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,7 +102,11 @@ def verify(
         for window in make_windows(document, tokenizer, context, None, 1)
     ]
     plan = Plan(chunk, decode_tokens, new_tokens)
-    blocks = {"block_tokens": block_tokens, "packing": packing, "disk_dir": disk_dir}
+    blocks: dict[str, Any] = {
+        "block_tokens": block_tokens,
+        "packing": packing,
+        "disk_dir": disk_dir,
+    }
     passes = verification.run(loaded, windows, plan, shares, attention, **blocks)
     rows = parity.rows(name, passes)
     kept = bars(rows)

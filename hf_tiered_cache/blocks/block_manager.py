@@ -11,7 +11,7 @@ count; only a filling block is ever copied, and only when a sharer writes.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,7 +161,7 @@ class Placement:
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
-    plans: dict[bool, Any] = field(default_factory=dict)
+    plans: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -224,6 +224,18 @@ class BlockTable:
     changing: Changing = field(repr=False)
     num_tokens: int = 0
     placement: Placement | None = field(default=None, repr=False)
+    _make_rows: Callable[[], list[list[KVBlock]]] = field(default=list, repr=False)
+
+    def begin_with(self, make_rows: Callable[[], list[list[KVBlock]]]) -> None:
+        """Let the rows be what `make_rows` returns, which is asked when somebody looks."""
+        self._make_rows = make_rows
+        del self.rows
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "rows":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.rows = rows = self._make_rows()  # one step: it may be interrupted before
+        return rows
 
     def __del__(self) -> None:
         if self.rows:
@@ -287,15 +299,17 @@ class KVBlockManager:
 
     def adopt(self, table: BlockTable, rung: int, slots: Sequence[int]) -> None:
         """Let an empty table begin with full blocks that lie in these slots of a rung; all rows
-        share them."""
-        column = []
-        for index, slot in enumerate(slots):
-            block = KVBlock(table.layer, index, self.num_tiers)
-            block.slots[rung] = slot
-            block.ref_count = table.batch
-            column.append(block)
-        for row in table.rows:
-            row[:] = column
+        share them. The blocks are made when somebody looks."""
+        layer, num_tiers, batch = table.layer, self.num_tiers, table.batch
+
+        def make_rows() -> list[list[KVBlock]]:
+            blocks = [KVBlock(layer, index, num_tiers) for index in range(len(slots))]
+            for block, slot in zip(blocks, slots, strict=True):
+                block.slots[rung] = slot
+                block.ref_count = batch
+            return [list(blocks) for _ in range(batch)]
+
+        table.begin_with(make_rows)
         table.num_tokens = len(slots) * table.layout.block_tokens  # last: whoever mends goes by it
         self._touch(table.layer)
 
@@ -354,12 +368,11 @@ class KVBlockManager:
         """Keep the first `num_tokens` tokens of every row; return the blocks nobody holds now."""
         if not 0 <= num_tokens <= table.num_tokens:
             raise BlockStateError(f"truncate {table.num_tokens} tokens to {num_tokens}")
-        keep = table.layout.num_blocks(num_tokens)
-        # A filling block that keeps some of its tokens is where it was, and is as writable.
-        changes_blocks = keep != table.num_blocks or not table.is_filling
+        was_filling = table.is_filling
         table.num_tokens = num_tokens  # first: whoever mends what was interrupted goes by it
-        if not changes_blocks:
-            return []
+        keep = table.layout.num_blocks(num_tokens)
+        if keep == table.num_blocks and (was_filling or not table.is_filling):
+            return []  # the last blocks only hold fewer tokens: nothing moved
         dropped: list[KVBlock] = []
         for row in table.rows:
             dropped += self._release(row[keep:])

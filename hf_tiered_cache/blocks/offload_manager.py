@@ -25,6 +25,7 @@ from hf_tiered_cache.blocks.block_manager import (
 from hf_tiered_cache.blocks.block_reader import BlockReader, Readable, Reading
 from hf_tiered_cache.blocks.capacity import Capacity
 from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy
+from hf_tiered_cache.blocks.selection import ALL, SelectionPolicy
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.blocks.stores import Stores
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -290,8 +291,8 @@ class OffloadManager:
         if own is not None:
             self.device_tier.copy_block(own, slot)
             return
-        (staged,) = self._stream.load([block], self._pins.staged())
-        self.device_tier.copy_block(staged, slot)
+        (place,) = self._stream.load([block], self._pins.staged())
+        self._stream.copy_block(place, slot)
         if block not in self._pins.staged():
             self._stream.release([block])
 
@@ -406,10 +407,11 @@ class OffloadManager:
             self._stream.discard(block)
             self.stores.free_slots(block, first_rung=DEVICE)
 
-    def read(self, shown: Readable) -> Reading:
-        """A reading of a table's blocks, to be entered while `read_lock` is held. Entering raises
-        ClosedCacheError when the table was dropped, or its cache is closed."""
-        return Reading(self._reader, shown)
+    def read(self, shown: Readable, selection: SelectionPolicy = ALL) -> Reading:
+        """A reading of a table's blocks, those that `selection` chooses, to be entered while
+        `read_lock` is held. Entering raises ClosedCacheError when the table was dropped, or its
+        cache is closed."""
+        return Reading(self._reader, shown, selection)
 
     @property
     def split(self) -> InPlaceShare:

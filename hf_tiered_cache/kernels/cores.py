@@ -23,7 +23,17 @@ DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc:
 
 # What `Core.attend` knows of a call; `ops` gives it no other.
 KNOWN_FACTS = frozenset(
-    ("kv_tokens", "query_start", "scale", "causal", "starts", "mask", "softcap", "sinks")
+    (
+        "kv_tokens",
+        "query_start",
+        "scale",
+        "causal",
+        "starts",
+        "mask",
+        "softcap",
+        "sinks",
+        "has_gaps",
+    )
 )
 
 

@@ -38,7 +38,7 @@ def warm(
         cache.restore(ids, model)
         for first in range(cache.get_seq_length(), ids.shape[1], chunk_tokens):
             part = ids[:, first : first + chunk_tokens]
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.publish()
         store.flush()
         names = cache.block_names()

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ HOT_TIMES = 2
 QUARANTINE_FILES = 16
 # A journal of more records than this for each block, and of more than that, is begun anew.
 RECORDS_PER_BLOCK, LEAST_RECORDS = 8, 10_000
+MOST_DESCRIPTORS = 65_536  # asked of the system
 BATCH_BYTES = 64 * 1024 * 1024  # named at once, under one lock
 _LOCK, _PINS, _CORRUPT = "lock", "pins", "corrupt"
 
@@ -159,6 +161,7 @@ class BlockStore:
         free_bytes = status.f_bavail * status.f_frsize
         self.capacity_bytes = free_bytes if capacity == AUTO else int(capacity)
         self._policy: Callable[[int], EvictionPolicy] = policy
+        self._most_open = _descriptors() // 2
         self._mutex = threading.RLock()
         self._lock_fd = os.open(
             _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.FILE_MODE, dir_fd=self._root_fd
@@ -183,6 +186,12 @@ class BlockStore:
         bytes. They stay readable, whoever evicts them."""
         found: list[OpenBlock] = []
         for key in keys:
+            if OpenBlock.num_open >= self._most_open:
+                _warn_once(
+                    f"{OpenBlock.num_open} blocks of stores are open, half of what this process may"
+                    " open (ulimit -n): a hit ends there, the rest is computed"
+                )
+                break
             block = self.open(space, key)
             if block is None:
                 break
@@ -591,6 +600,16 @@ class BlockStore:
                 space = known if known is not None and known.hex()[:16] == folder.name else space
                 if space is not None:
                     yield space, key, status
+
+
+def _descriptors() -> int:
+    """How many files this process may open; the soft limit is raised, which costs nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
 
 
 @cache

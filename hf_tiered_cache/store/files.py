@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import numpy as np
 import xxhash
@@ -240,8 +241,11 @@ class OpenBlock:
     takes the name and not the bytes. Extents are verified when they are read."""
 
     __slots__ = ("__weakref__", "fd", "header", "path")
+    num_open: ClassVar[int] = 0
+    """Of this process; each has a descriptor."""
 
     def __init__(self, fd: int, header: Header, path: str) -> None:
+        type(self).num_open += 1
         self.fd = fd
         self.header = header
         self.path = path
@@ -262,6 +266,7 @@ class OpenBlock:
         """Give the descriptor back. Idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            type(self).num_open -= 1  # at exit the module may be gone
             os.close(fd)
 
     def __del__(self) -> None:

@@ -133,7 +133,7 @@ def test_the_knobs_of_a_cache_are_the_fields_of_its_config():
         assert parameter.default is field.default
         assert parameter.annotation == field.type
     told = re.findall(r"^ {8}(\w+): ", TieredCache.__doc__, re.MULTILINE)
-    assert told == ["config", *names, "tiers"]
+    assert told == ["config", *names, "store", "tiers"]
 
 
 class NewestFirst(DemotionPolicy, name="newest_first"):

@@ -259,6 +259,22 @@ def test_a_mistake_is_answered_as_one(served, body, status, said):
     served.idle()
 
 
+@pytest.mark.parametrize(
+    "knobs", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 2}]
+)
+def test_a_way_of_decoding_that_would_feed_the_prompt_twice_is_refused(served, knobs):
+    config = json.dumps({"max_new_tokens": 4, "do_sample": "num_return" in str(knobs), **knobs})
+    with pytest.raises(openai.BadRequestError, match="expected one sequence"):
+        chat(served, [user("beams")], extra_body={"generation_config": config})
+
+
+def test_knobs_of_the_cache_are_the_servers(served):
+    config = {"max_new_tokens": 12, "do_sample": False, "use_cache": False, "prefill_chunk_size": 7}
+    messages = [user("the server has a cache, whatever a client thinks")]
+    answer = chat(served, messages, extra_body={"generation_config": json.dumps(config)})
+    assert answer.choices[0].message.content == expected(served, messages)
+
+
 def test_a_prompt_longer_than_the_model_is_a_mistake_too(served):
     with pytest.raises(openai.BadRequestError, match="made for 4096"):
         chat(served, [user("x" * 5000)])

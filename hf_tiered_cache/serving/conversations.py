@@ -44,7 +44,7 @@ class Conversations:
         are still to be computed."""
         parked = self._fork_parked(ids[:-1].cpu().numpy(), tenant)
         fresh = copy.deepcopy(self.root)
-        if self.root.store is not None and len(ids) > 1:
+        if self.root.store is not None and len(ids):
             fresh.restore(ids, model, salt=tenant.encode())
         if parked is None or fresh.get_seq_length() > parked.get_seq_length():
             best, other = fresh, parked

@@ -17,6 +17,7 @@ import torch
 from fastapi import HTTPException
 from transformers import PreTrainedModel
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from hf_tiered_cache.errors import OutOfBlocksError, TierIOError
@@ -36,6 +37,9 @@ FOR_TEXT = {
     *("input_ids", "attention_mask", "generation_config", "tokenizer", "streamer"),
     "generation_mode",
 }
+
+# Others feed the whole prompt again, or several rows, whatever the cache holds.
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 class GenerationFailedError(RuntimeError):
@@ -86,7 +90,8 @@ class TieredGenerateManager(GenerateManager):
 
     def _begin(self, model: PreTrainedModel, inputs: Any, gen_config: Any) -> "Generation":
         """A generation for the current request. Raises HTTPException for a prompt that the model
-        was not made for; what it may add is cut to the positions that are left."""
+        was not made for, or a way of decoding that cannot begin with a cache that holds the prompt;
+        what it may add is cut to the positions that are left."""
         request = current_request.get(None) or Request()
         request.prompt_tokens = prompt = inputs["input_ids"].shape[-1]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -95,7 +100,13 @@ class TieredGenerateManager(GenerateManager):
                 raise HTTPException(
                     400, f"the prompt has {prompt} tokens; the model was made for {limit} in all"
                 )
-            gen_config.max_new_tokens = min(gen_config.max_new_tokens, limit - prompt)
+            if gen_config.max_new_tokens is not None:
+                gen_config.max_new_tokens = min(gen_config.max_new_tokens, limit - prompt)
+        mode = gen_config.get_generation_mode()
+        if mode not in MODES or (gen_config.num_return_sequences or 1) != 1:
+            raise HTTPException(400, f"{mode.value}: expected one sequence, greedy or sampled")
+        gen_config.use_cache, gen_config.cache_implementation = True, None  # it has a cache
+        gen_config.prefill_chunk_size = None  # see `_feed`
         parts = self._conversations, self._instruments, self._flops
         return Generation(model, request, *parts, self._chunk)
 
@@ -221,10 +232,10 @@ class Generation:
                     outputs = call()
                 break
             except OutOfBlocksError:
-                if not self._conversations.drop_oldest() and not self._wait():
+                if not self._conversations.drop_oldest() and not self._may_wait():
                     raise
             except TierIOError:  # what was read is damaged: compute it again, once
-                if not may_repair:
+                if not (may_repair and self._is_text):
                     raise
                 logger.exception("a block could not be read; its tokens are computed again")
                 may_repair = False
@@ -235,12 +246,14 @@ class Generation:
         self._instruments.note_forward(input_ids.shape[1], flops, perf_counter() - began)
         return outputs
 
-    def _wait(self) -> bool:
+    def _may_wait(self) -> bool:
         """Wait for memory that others hold; False if there is no hope."""
         try:
             with self._randomness.others():
                 return turns.wait_for_memory()
         except turns.PreemptedError:
+            if not self._is_text:  # its tokens alone do not bring it back
+                return False
             known = self._forget()
         self._instruments.preempted.inc()
         with self._randomness.others():
@@ -252,7 +265,7 @@ class Generation:
     def _forget(self) -> list[int]:
         """Empty the cache; the ids that it held."""
         known, self._ids = self._ids, []
-        self._cache.crop(-self._cache.get_seq_length())
+        self._cache.reset()
         return known
 
     def _feed_again(self, ids: list[int]) -> None:

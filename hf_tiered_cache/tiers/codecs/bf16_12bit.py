@@ -1,13 +1,13 @@
 """bfloat16 in 12 bits a value, losslessly: `Bf16TwelveBit`.
 
-The values of one channel (a dim of one head's keys or values) differ little in their exponents. So
-the lower byte of each is kept as it is (the last bit of the exponent, and the mantissa), and of the
-upper one, a sign and seven bits of the exponent, four bits: the sign, and three that count from a base
-of the channel down, over 16 exponents. On keys and values of real models that misses about one value
-in 10,000; there are places for 64 exceptions in a plane of 32,768. Fixed places keep records of one
-size, and let a tile be unpacked by itself into the L1 cache (csrc/cpu/packing.h). An entropy coder
-would save another 10 to 15 %, at a hundredth of the speed. SplitZip (arXiv 2605.01708) is close to
-it, with a codebook of exponents in place of bases.
+The values of one channel (a dim of one head's keys or values) differ little in their exponents.
+So the lower byte of each is kept as it is (the last bit of the exponent, and the mantissa), and of
+the upper one, a sign and seven bits of the exponent, four bits: the sign, and three that count from
+a base of the channel down, over 16 exponents. On keys and values of real models that misses about
+one value in 10,000; there are places for 64 exceptions in a plane of 32,768. Fixed places keep
+records of one size, and let a tile be unpacked by itself into the L1 cache (csrc/cpu/packing.h). An
+entropy coder would save another 10 to 15 %, at a hundredth of the speed. SplitZip (arXiv
+2605.01708) is close to it, with a codebook of exponents in place of bases.
 
 Where the parts lie is written in csrc/packed_blocks.h. Here is the same in plain torch: what it
 means, and what runs without the compiled core.
@@ -72,8 +72,7 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         if isinstance(core, CpuCore):
             pointers = (block.data_ptr(), out.data_ptr())
             return core.module.pack(core.number, self._shape, *pointers)
-        planes = self._planes(block, out)
-        return all([part.pack(raw, packed) for part, raw, packed in planes])
+        return all(part.pack(raw, packed) for part, raw, packed in self._planes(block, out))
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """See `Codec.decode`."""

@@ -81,13 +81,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--most-bytes", type=int, default=1200, help="of a prompt")
     parser.add_argument("--target-ttft", type=float, default=2.0, help="seconds; what is good")
     parser.add_argument("--queued", type=int, default=8, help="--max-num-queued-reqs")
+    parser.add_argument("--chunk", type=int, default=256, help="prompt tokens a forward")
+    parser.add_argument("--threads", type=int, help="of the server's model")
     parser.add_argument("--json")
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()
 
 
 def start_server(
-    model: str, folder: Path, arguments: argparse.Namespace
+    model: str,
+    folder: Path,
+    arguments: argparse.Namespace,
+    request_timeout: float = REQUEST_TIMEOUT,
 ) -> tuple[subprocess.Popen, str]:
     """The server's process and its address, once it is ready."""
     with socket.socket() as free:
@@ -96,8 +101,9 @@ def start_server(
     command = [
         *(sys.executable, "-m", "hf_tiered_cache", "serve", model, f"--port={port}"),
         *(f"--disk-dir={folder}", f"--max-num-queued-reqs={arguments.queued}"),
-        *("--device-bytes=256MiB", "--disk-bytes=1GiB", "--chunk=256"),
-        *(f"--queue-timeout={QUEUE_TIMEOUT}", f"--request-timeout={REQUEST_TIMEOUT}"),
+        *("--device-bytes=48MiB", "--disk-bytes=1GiB", f"--chunk={arguments.chunk}"),
+        *([f"--threads={arguments.threads}"] if arguments.threads else []),
+        *(f"--queue-timeout={QUEUE_TIMEOUT}", f"--request-timeout={request_timeout}"),
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     base = f"http://127.0.0.1:{port}"

@@ -19,6 +19,7 @@ import uvicorn
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_tiered_cache import trace
 from hf_tiered_cache.serving.admission import Limits
 from hf_tiered_cache.serving.server import Server, Settings
 
@@ -258,6 +259,22 @@ def test_a_mistake_is_answered_as_one(served, body, status, said):
     served.idle()
 
 
+@pytest.mark.parametrize(
+    "knobs", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 2}]
+)
+def test_a_way_of_decoding_that_would_feed_the_prompt_twice_is_refused(served, knobs):
+    config = json.dumps({"max_new_tokens": 4, "do_sample": "num_return" in str(knobs), **knobs})
+    with pytest.raises(openai.BadRequestError, match="expected one sequence"):
+        chat(served, [user("beams")], extra_body={"generation_config": config})
+
+
+def test_knobs_of_the_cache_are_the_servers(served):
+    config = {"max_new_tokens": 12, "do_sample": False, "use_cache": False, "prefill_chunk_size": 7}
+    messages = [user("the server has a cache, whatever a client thinks")]
+    answer = chat(served, messages, extra_body={"generation_config": json.dumps(config)})
+    assert answer.choices[0].message.content == expected(served, messages)
+
+
 def test_a_prompt_longer_than_the_model_is_a_mistake_too(served):
     with pytest.raises(openai.BadRequestError, match="made for 4096"):
         chat(served, [user("x" * 5000)])
@@ -451,6 +468,61 @@ def test_memory_for_one_serves_many_by_waiting_and_nothing_parked_is_in_the_way(
     finally:
         served.close()
     assert served.server.conversations.root.is_closed
+
+
+def test_a_restart_reads_on_where_the_chat_was_and_a_damaged_block_is_computed_again(
+    folder, tmp_path
+):
+    """In the store are full blocks of 16 tokens."""
+    settings = settings_for(folder, tmp_path, store=tmp_path / "store", keys=("one", "two"))
+    messages = [user("a chat that goes on when the server was ended and started again")]
+    first = Served(settings)
+    answer = chat(first, messages, key="one")
+    first.close()
+    messages += [{"role": "assistant", "content": answer.choices[0].message.content}, user("on")]
+
+    second = Served(settings)
+    usage = chat(second, messages, key="two").usage
+    assert usage.prompt_tokens_details.cached_tokens == 0  # another tenant's secret
+    again = chat(second, messages, key="one")
+    told = answer.usage.total_tokens - 1
+    assert again.usage.prompt_tokens_details.cached_tokens == told // 16 * 16
+    assert again.choices[0].message.content == expected(second, messages)
+    second.close()
+
+    for path in (tmp_path / "store").rglob("*"):
+        if path.is_file() and path.stat().st_size > 8192:
+            data = bytearray(path.read_bytes())
+            data[6000] ^= 255
+            path.write_bytes(data)
+    third = Served(settings)
+    assert chat(third, messages, key="one").choices[0].message.content == expected(third, messages)
+    assert third.server.conversations.root.store.counters["quarantined"] > 0
+    third.close()
+
+
+def test_metrics_tell_how_much_of_the_machine_was_used(served):
+    before = served.metric("htc_model_flops_total")
+    client = served.client()
+    usage = client.completions.create(model=served.model, prompt="0123456789", max_tokens=1).usage
+    assert usage.prompt_tokens_details.cached_tokens == 0
+    config = served.server.model.config
+    weights = sum(it.numel() for it in served.server.model.parameters())
+    weights -= config.vocab_size * config.hidden_size  # a look-up
+    pairs = 10 * 11 / 2
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    assert served.metric("htc_model_flops_total") - before == 2 * weights * 10 + attention
+    assert served.metric("htc_peak_flops") > 1e6
+    assert served.metric('htc_tier_bytes{tier="device"}') > 0
+
+
+def test_a_trace_shows_the_way_of_a_request(served):
+    with trace() as recorded:
+        chat(served, [user("traced")], tokens=3)
+    names = [
+        it.name for it in recorded.spans if it.name in ("lookup", "prefill chunk", "decode step")
+    ]
+    assert names == ["lookup", "prefill chunk", "decode step", "decode step", "decode step"]
 
 
 def test_gradients_stay_off_and_the_model_as_it_was(served):

@@ -25,11 +25,11 @@ Json = options.Json
 store = typer.Typer(no_args_is_help=True, help="Stored blocks: list, verify, clean up, warm.")
 
 
-def _opened(root: Path) -> Any:
-    """The folder as a `BlockStore`, whose module is loaded when it is needed: `--help` does without."""
+def _opened(root: Path, **knobs: Any) -> Any:
+    """The folder as a `BlockStore`; its module is loaded only now, so that `--help` is quick."""
     from hf_tiered_cache.store.block_store import BlockStore
 
-    return BlockStore(root)
+    return BlockStore(root, **knobs)
 
 
 def _find(opened: Any, key: str) -> Any:
@@ -126,7 +126,7 @@ def gc(
 ) -> None:
     """Make the index anew, remove what killed writers left, what is in quarantine, and what is too
     much."""
-    with BlockStore(root, capacity_bytes=capacity_bytes) as opened:
+    with _opened(root, capacity_bytes=capacity_bytes) as opened:
         removed = opened.gc()
     _say(removed, as_json)
 

@@ -33,7 +33,7 @@ from hf_tiered_cache import TieredCache, tiered_attention_forward
 from hf_tiered_cache.devices import CpuDevice, Device, in_place
 from hf_tiered_cache.devices.cuda_lane import CudaFlags, CudaLane
 from hf_tiered_cache.devices.in_place import InPlaceAttention
-from hf_tiered_cache.kernels import loader, ops
+from hf_tiered_cache.kernels import cores, loader, ops
 from hf_tiered_cache.kernels.cores import CudaCore
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import DeviceTier
@@ -207,12 +207,13 @@ class StubGpu:
 
         StubEvent.calls = self.calls
         stream = StubStream()
-        kernel = loader.Kernel("stub", CudaCore(core, lambda _: (0, 7)))  # type: ignore[arg-type]
+        kernel = loader.Kernel("stub", CudaCore(core))  # type: ignore[arg-type]
         with ExitStack() as stack:
             for target, name, stub in (
                 (torch.cuda, "Stream", StubStream),
                 (torch.cuda, "Event", StubEvent),
                 (torch.cuda, "current_stream", lambda _=None: stream),
+                (cores, "_raw_stream", abs),  # no call of Python, as torch's is none
                 (in_place, "AttentionWorker", StubWorker),
                 (DeviceTier, "__init__", noted),
             ):
@@ -282,19 +283,24 @@ def token(cache: Cache, attend: Callable[..., Any] = tiered_attention_forward) -
     return thread_time() - start
 
 
-@torch.no_grad()
-def calls_per_layer(case: Case) -> dict[str, float]:
-    """Of Python's functions and of CUDA, for a layer and token; the same on every machine."""
+@contextmanager
+def decoding(case: Case) -> Iterator[tuple[StubGpu, TieredCache]]:
+    """A cache that has decoded some tokens and whose loads are late from here on."""
     gpu = StubGpu()
-    with gpu.plugged_in(), filled(case) as cache:
+    with torch.no_grad(), gpu.plugged_in(), filled(case) as cache:
         for _ in range(3):
             token(cache)
         with patch.object(StubEvent, "is_late", True):
             token(cache)
-            gpu.calls.clear()
-            token(cache)
-            counted = dict(gpu.calls)
-            counted["Python calls"] = python_calls(lambda: token(cache))
+            yield gpu, cache
+
+
+def calls_per_layer(gpu: StubGpu, cache: TieredCache) -> dict[str, float]:
+    """Of Python's functions and of CUDA, for a layer and token; the same on every machine."""
+    gpu.calls.clear()
+    token(cache)
+    counted = dict(gpu.calls)
+    counted["Python calls"] = python_calls(lambda: token(cache))
     return {name: count / LAYERS for name, count in sorted(counted.items())}
 
 
@@ -318,24 +324,21 @@ def python_calls(work: Callable[[], object]) -> int:
     return calls
 
 
-@torch.no_grad()
-def milliseconds(case: Case, rounds: int, profile: bool) -> tuple[float, float]:
+def milliseconds(cache: TieredCache, rounds: int) -> tuple[float, float]:
     """Thread CPU time of a token, and that of `DynamicCache` in turn with it."""
     ours, theirs = [], []
     dynamic = DynamicCache()
-    with StubGpu().plugged_in(), filled(case) as cache:
-        for _ in range(3):
-            token(cache)
-            token(dynamic, sdpa_attention_forward)
-        with patch.object(StubEvent, "is_late", True):
-            for _ in range(rounds):
-                ours.append(token(cache))
-                theirs.append(token(dynamic, sdpa_attention_forward))
-            if profile:
-                recorded = cProfile.Profile()
-                recorded.runcall(token, cache)
-                pstats.Stats(recorded).sort_stats("tottime").print_stats(25)
+    for _ in range(rounds):
+        ours.append(token(cache))
+        theirs.append(token(dynamic, sdpa_attention_forward))
     return median(ours) * 1e3, median(theirs) * 1e3
+
+
+def print_profile(cache: TieredCache) -> None:
+    """Where the time of a token goes."""
+    recorded = cProfile.Profile()
+    recorded.runcall(token, cache)
+    pstats.Stats(recorded).sort_stats("tottime").print_stats(25)
 
 
 def main() -> None:
@@ -343,11 +346,14 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{benchmarking.environment()['processor']}, {LAYERS} layers, milliseconds for a token")
     for case in CASES:
-        ours, theirs = milliseconds(case, arguments.rounds, arguments.profile)
+        with decoding(case) as (gpu, cache):
+            ours, theirs = milliseconds(cache, arguments.rounds)
+            counted = calls_per_layer(gpu, cache)
+            if arguments.profile:
+                print_profile(cache)
         bar = case.bar * theirs if case.share == 0 else case.bar
         verdict = "reached" if ours <= bar else "MISSED"
         print(f"{case.name:<28}{ours:6.1f}  bar {bar:4.1f}  {verdict:<8} DynamicCache {theirs:.1f}")
-        counted = calls_per_layer(case)
         shown = ", ".join(f"{name} {count:.1f}" for name, count in counted.items())
         print(f"    for each layer: {shown}")
 

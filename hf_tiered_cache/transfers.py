@@ -191,7 +191,6 @@ class Then(Transfer):
         self.end_part(error)
         self._begin_second = _already_begun  # memory that the other one knew is held no more
 
-
     def _after_first(self) -> Transfer:
         """The second transfer, begun now that the first has ended."""
         self._first.wait()

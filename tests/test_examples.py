@@ -165,3 +165,25 @@ def test_a_budget_that_is_too_small_is_one_line(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: device_bytes=64.0 KiB is too small")
+
+
+def test_a_library_of_prompts_is_read_once(tmp_path):
+    texts = []
+    for name in ("chat.py", "shared_prompt.py"):
+        texts.append(tmp_path / name)
+        texts[-1].write_bytes((ROOT / "examples" / name).read_bytes()[:700])
+    arguments = ("--store", str(tmp_path / "kv"), *map(str, texts))
+    first, second = (run_example("prompt_library.py", *arguments) for _ in range(2))
+    assert "512 tokens in the store, 700 read for it" in first
+    assert "512 tokens in the store, 188 read for it" in second
+    answers = [re.findall(r"(\S+): 7\d\d tokens, \d+ read: (.*)", one) for one in (first, second)]
+    assert len(answers[0]) == 2 and answers[0] == answers[1]
+
+
+def test_a_chat_survives_a_restart(tmp_path):
+    arguments = ("--folder", str(tmp_path / "chat"), "--say")
+    text = (ROOT / "examples" / "chat.py").read_text()[:300]
+    first = run_example("chat_restart.py", *arguments, text)
+    second = run_example("chat_restart.py", *arguments, "\nkey=")
+    assert first.startswith("[300 tokens, 300 read]")
+    assert second.startswith("[313 tokens, 57 read]")

@@ -11,7 +11,7 @@ count; only a filling block is ever copied, and only when a sharer writes.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -224,6 +224,18 @@ class BlockTable:
     changing: Changing = field(repr=False)
     num_tokens: int = 0
     placement: Placement | None = field(default=None, repr=False)
+    _make_rows: Callable[[], list[list[KVBlock]]] = field(default=list, repr=False)
+
+    def begin_with(self, make_rows: Callable[[], list[list[KVBlock]]]) -> None:
+        """Let the rows be what `make_rows` returns, which is asked when somebody looks."""
+        self._make_rows = make_rows
+        del self.rows
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "rows":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.rows = rows = self._make_rows()  # one step: it may be interrupted before
+        return rows
 
     def __del__(self) -> None:
         if self.rows:
@@ -287,15 +299,17 @@ class KVBlockManager:
 
     def adopt(self, table: BlockTable, rung: int, slots: Sequence[int]) -> None:
         """Let an empty table begin with full blocks that lie in these slots of a rung; all rows
-        share them."""
-        column = []
-        for index, slot in enumerate(slots):
-            block = KVBlock(table.layer, index, self.num_tiers)
-            block.slots[rung] = slot
-            block.ref_count = table.batch
-            column.append(block)
-        for row in table.rows:
-            row[:] = column
+        share them. The blocks are made when somebody looks."""
+        layer, num_tiers, batch = table.layer, self.num_tiers, table.batch
+
+        def make_rows() -> list[list[KVBlock]]:
+            blocks = [KVBlock(layer, index, num_tiers) for index in range(len(slots))]
+            for block, slot in zip(blocks, slots, strict=True):
+                block.slots[rung] = slot
+                block.ref_count = batch
+            return [list(blocks) for _ in range(batch)]
+
+        table.begin_with(make_rows)
         table.num_tokens = len(slots) * table.layout.block_tokens  # last: whoever mends goes by it
         self._touch(table.layer)
 
@@ -304,7 +318,7 @@ class KVBlockManager:
         first_full = table.num_tokens // table.layout.block_tokens
         table.num_tokens += num_tokens
         last_full = table.num_tokens // table.layout.block_tokens
-        if table.num_tokens > table.num_blocks * table.layout.block_tokens:
+        if table.num_tokens > len(table.rows[0]) * table.layout.block_tokens:
             raise BlockStateError(f"{table.num_tokens} tokens in {table.num_blocks} blocks")
         if first_full == last_full:
             return []

@@ -19,7 +19,13 @@ from typing import Protocol
 
 import torch
 
-from hf_tiered_cache.blocks.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.blocks.block_manager import (
+    DEVICE,
+    BlockTable,
+    KVBlock,
+    KVBlockManager,
+    Placement,
+)
 from hf_tiered_cache.blocks.pins import Pin, Pins
 from hf_tiered_cache.blocks.reading_plan import InPlace, ReadingPlan, Staging, reading_plan
 from hf_tiered_cache.blocks.selection import ALL, Columns, SelectionPolicy
@@ -52,7 +58,7 @@ class Chunk:
 
 
 class BlockReader:
-    """Reads tables of one layout and device: `read`.
+    """Reads tables of one layout and device, each by a `Reading`.
 
     `tiers`: from the device down. `split`: how much of those blocks below it that have addresses is
     attended where it lies: by `in_place`, or without one in line with all others, as where the
@@ -97,10 +103,6 @@ class BlockReader:
         # Of the copy lane and of in-place attention, at the last correction.
         self._lane_waits = [0.0, 0.0]
 
-    def read(self, shown: "Readable", selection: SelectionPolicy) -> "Reading":
-        """A reading, to be entered; what it shows is looked up and selected then."""
-        return Reading(self, shown, selection)
-
     def select(self, selection: SelectionPolicy, table: BlockTable, num_blocks: int) -> Columns:
         """What is to be read of the first columns of a table."""
         return selection.select(self._blocks.placement(table), num_blocks)
@@ -124,12 +126,13 @@ class BlockReader:
 
     def resident_view(self, table: BlockTable, num_blocks: int) -> ops.BlockView | None:
         """The blocks of a table that is wholly resident; None where there are cold blocks."""
-        runs = self._blocks.placement(table).runs
-        if len(runs) != 1 or not runs[0].is_resident or num_blocks == 0:
+        placement = self._blocks.placement(table)
+        runs = placement.runs
+        if len(runs) != 1 or runs[0].rung != DEVICE or num_blocks == 0:
             return None
-        self._counters.resident_reads += num_blocks * table.batch
-        view = self.last_view(table)
-        if num_blocks == table.num_blocks:
+        self._counters.resident_reads += num_blocks * len(table.rows)
+        view = self.last_view(placement)
+        if num_blocks == runs[0].last:
             return view
         return self.view(Chunk(0, view.table[:, :num_blocks]))
 
@@ -139,9 +142,8 @@ class BlockReader:
         slab = self._tiers[chunk.rung].slab
         return ops.BlockView(slab, chunk.slots, self.layout, first_token, chunk.codec)
 
-    def last_view(self, table: BlockTable) -> ops.BlockView:
+    def last_view(self, placement: Placement) -> ops.BlockView:
         """The last run of a table, which is resident wherever something is appended."""
-        placement = self._blocks.placement(table)
         if placement.view is None:
             run = placement.runs[-1]
             assert run.is_resident
@@ -370,18 +372,18 @@ class Reading:
     def __enter__(self) -> "Reading":
         reader = self._reader
         with reader._lock:
+            reader.pins.wait_for_turn()
             reader._check_held(self._shown.table)
             # It may be another one by now: who changes a table gives its readers a fork of it.
-            self._pin = reader.pins.add(self._shown.table)
+            self._table = table = self._shown.table
+            self._pin = reader.pins.add(table)
             try:
-                self._table = self._pin.table = self._shown.table
-                reader._check_held(self._table)
                 asked = reader.layout.num_blocks(self._shown.num_tokens)
-                num_blocks = min(self._table.num_blocks, asked)
-                self._selected = reader.select(self._selection, self._table, num_blocks)
+                num_blocks = min(len(table.rows[0]), asked)
+                self._selected = reader.select(self._selection, table, num_blocks)
                 self.has_gaps = has_gaps(self._selected, num_blocks)
                 if not self.has_gaps:
-                    self.resident = reader.resident_view(self._table, num_blocks)
+                    self.resident = reader.resident_view(table, num_blocks)
             except BaseException:
                 reader.pins.remove(self._pin)
                 raise

@@ -265,7 +265,9 @@ class StagingRing:
         self._counters.loaded_bytes += num_bytes
         if tracing.recorder is not None:
             layers = [block.layer for block in blocks]
-            tracing.recorder.watch(LOAD, tier.name, layers, len(blocks), num_bytes, issued, transfer)
+            tracing.recorder.watch(
+                LOAD, tier.name, layers, len(blocks), num_bytes, issued, transfer
+            )
         places = [~slot for slot in slots] if is_encoded else slots
         self._staged.update(zip(blocks, zip(places, repeat(transfer)), strict=True))
 

@@ -15,6 +15,7 @@ from hf_tiered_cache.commands.bench import bench
 from hf_tiered_cache.commands.env import env
 from hf_tiered_cache.commands.manners import fail
 from hf_tiered_cache.commands.serve import serve
+from hf_tiered_cache.commands.store import store
 from hf_tiered_cache.commands.trace import trace
 from hf_tiered_cache.commands.verify import verify
 from hf_tiered_cache.evaluation.versions import package_version
@@ -74,6 +75,8 @@ def commands(
 
 for command in (env, verify, bench, trace, serve):
     app.command()(command)
+
+app.add_typer(store, name="store", cls=Commands)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ Attention = Annotated[
     str | None, typer.Option(help='With the tiered cache, e.g. "tiered"; default: the model\'s.')
 ]
 BlockTokens = Annotated[int | None, typer.Option(help="A power of two; default: the cache's.")]
+Packing = Annotated[str, typer.Option(help='On disk: auto, none, or a codec ("bf16_12bit").')]
 DiskDir = Annotated[str | None, typer.Option(help="Folder of the disk tier.")]
 DiskIO = Annotated[str, typer.Option(help="auto, direct, buffered.")]
 Threads = Annotated[int | None, typer.Option(help="Of torch; default: torch's own choice.")]

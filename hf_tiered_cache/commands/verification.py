@@ -1,5 +1,6 @@
 """What `verify` runs once its arguments are right, and how it is told."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ def run(
     shares: list[float],
     attention: str | None,
     block_tokens: int | None,
+    packing: str,
     disk_dir: str | None,
 ) -> list[Pass]:
     """All passes of all windows, under one bar over their tokens."""
     shape = fitting_shape(model, windows[0].context, max(shares), block_tokens, disk_dir)
+    shape = replace(shape, packing=packing)
     total = num_passes(model, shares) * sum(num_tokens(window, plan) for window in windows)
     with progress_bar(total, "verify") as bar:
         return [

@@ -34,6 +34,7 @@ def verify(
     device: options.Device = AUTO,
     attention: options.Attention = None,
     block_tokens: options.BlockTokens = None,
+    packing: options.Packing = AUTO,
     disk_dir: options.DiskDir = None,
     threads: options.Threads = None,
     quick: options.Quick = False,
@@ -53,7 +54,7 @@ def verify(
     )
     options.check_at_least(2, chunk=chunk)
     options.check_at_least(1, documents=documents, new_tokens=new_tokens)
-    options.check_cache(disk_dir, block_tokens=block_tokens)
+    options.check_cache(disk_dir, block_tokens=block_tokens, packing=packing)
     options.check_threads(threads)
     options.check_names(model, data, split, column, dtype, device)
     load_libraries(threads)
@@ -101,7 +102,8 @@ def verify(
         for window in make_windows(document, tokenizer, context, None, 1)
     ]
     plan = Plan(chunk, decode_tokens, new_tokens)
-    passes = verification.run(loaded, windows, plan, shares, attention, block_tokens, disk_dir)
+    blocks = {"block_tokens": block_tokens, "packing": packing, "disk_dir": disk_dir}
+    passes = verification.run(loaded, windows, plan, shares, attention, **blocks)
     rows = parity.rows(name, passes)
     kept = bars(rows)
     is_good = all(bar.is_reached for bar in kept)

@@ -24,7 +24,7 @@ from hf_tiered_cache.config import disk_directory, free_disk_bytes
 from hf_tiered_cache.evaluation.documents import DataError, Document
 from hf_tiered_cache.evaluation.models import check_has_full_attention
 from hf_tiered_cache.integration.cache import TieredCache
-from hf_tiered_cache.sizes import format_bytes
+from hf_tiered_cache.sizes import AUTO, format_bytes
 
 REFERENCE, NOISE, TIERED = "DynamicCache", "DynamicCache, noise", "TieredCache"
 MIN_BLOCK_TOKENS = 16
@@ -271,6 +271,7 @@ class BlockShape:
     block_tokens: int
     block_bytes: int
     num_layers: int
+    packing: str = AUTO  # of those on disk
 
     def num_blocks(self, num_tokens: int) -> int:
         return self.num_layers * math.ceil(num_tokens / self.block_tokens)
@@ -292,6 +293,7 @@ class BlockShape:
             "block_tokens": self.block_tokens,
             "device_bytes": resident + staging,
             "disk_bytes": 2 * blocks * self.block_bytes + (64 << 20) if share else 0,
+            "packing": self.packing,
         }
 
 

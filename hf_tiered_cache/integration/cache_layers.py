@@ -27,7 +27,7 @@ from hf_tiered_cache.integration.paged_states import ModelIdentity, PagedStates,
 from hf_tiered_cache.integration.read_only import ReadOnlyTensor
 from hf_tiered_cache.kernels import checks
 from hf_tiered_cache.layout import BlockLayout
-from hf_tiered_cache.store.files import Extent, OpenBlock
+from hf_tiered_cache.store.files import OpenBlock
 
 MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
 
@@ -221,18 +221,17 @@ class TieredLayer(CacheLayerMixin):
         layout: BlockLayout,
         device: torch.device,
         blocks: Sequence[OpenBlock],
-        extents: Sequence[Extent],
+        number: int,
         num_rows: int,
     ) -> None:
         """Let this layer, which is empty, hold the tokens of blocks of a store, the same in every
-        row: cold ones, read when they are attended. `extents` are this layer's parts of them."""
+        row: cold ones, read when they are attended. `number`: of the extent that is its part."""
         pool = self._owned.pool
         manager = pool.manager_of(layout, device)
         stored = pool.store_tier(manager)
         with manager.lock:
             table = manager.new_table(self._layer_idx, num_rows)
-            slots = [stored.adopt(*part) for part in zip(blocks, extents, strict=True)]
-            manager.adopt(table, slots)
+            manager.adopt(table, stored.adopt(blocks, number))
             self._go_on_with(manager, table)
 
     def _states(self, part: str) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ HOT_TIMES = 2
 QUARANTINE_FILES = 16
 # A journal of more records than this for each block, and of more than that, is begun anew.
 RECORDS_PER_BLOCK, LEAST_RECORDS = 8, 10_000
+MOST_DESCRIPTORS = 65_536  # asked of the system
 BATCH_BYTES = 64 * 1024 * 1024  # named at once, under one lock
 _LOCK, _PINS, _CORRUPT = "lock", "pins", "corrupt"
 
@@ -78,7 +80,6 @@ class Listed:
     num_tokens: int
     number: int  # of the block in its sequence
     created_ns: int
-    used_ns: int
     is_pinned: bool
 
 
@@ -109,7 +110,7 @@ class BlockStore:
         root: the folder; made, mode 0700, where there is none.
         capacity_bytes: of all block files together, a hard cap over all processes (each of them
             writes a batch of up to 64 MiB beside it, unnamed, before it is let in). "auto": four
-            fifths of what is free.
+            fifths of what is free or held by it, and never less than it holds.
         eviction: which block leaves a full store: "lru", "fifo", "s3fifo", or a policy of your own
             as "module:Class".
         ingest: "all" that is published, or "hot": what is published for the second time.
@@ -156,11 +157,11 @@ class BlockStore:
         self.salt = salt.encode() if isinstance(salt, str) else salt
         self._durability = durability
         self._root_fd = _open_root(self.root)
-        if capacity == AUTO:
-            status = os.fstatvfs(self._root_fd)
-            capacity = int(AUTO_SHARE * status.f_bavail * status.f_frsize)
-        self.capacity_bytes = int(capacity)
+        status = os.fstatvfs(self._root_fd)
+        free_bytes = status.f_bavail * status.f_frsize
+        self.capacity_bytes = free_bytes if capacity == AUTO else int(capacity)
         self._policy: Callable[[int], EvictionPolicy] = policy
+        self._most_open = _descriptors() // 2
         self._mutex = threading.RLock()
         self._lock_fd = os.open(
             _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.FILE_MODE, dir_fd=self._root_fd
@@ -173,6 +174,10 @@ class BlockStore:
         self.publisher = Publisher(self._publishing_failed)
         with self._locked():
             self._catch_up()
+            if capacity == AUTO:
+                free_bytes += self._index.num_bytes
+                self.capacity_bytes = max(int(AUTO_SHARE * free_bytes), self._index.num_bytes)
+                self._index.policy.capacity_bytes = self.capacity_bytes
 
     # Reading
 
@@ -181,6 +186,12 @@ class BlockStore:
         bytes. They stay readable, whoever evicts them."""
         found: list[OpenBlock] = []
         for key in keys:
+            if OpenBlock.num_open >= self._most_open:
+                _warn_once(
+                    f"{OpenBlock.num_open} blocks of stores are open, half of what this process may"
+                    " open (ulimit -n): a hit ends there, the rest is computed"
+                )
+                break
             block = self.open(space, key)
             if block is None:
                 break
@@ -422,7 +433,7 @@ class BlockStore:
             header = block.header
             yield Listed(
                 *(key.hex(), header.space.hex(), header.parent.hex(), status.st_size),
-                *(header.num_tokens, header.number, header.created_ns, status.st_mtime_ns),
+                *(header.num_tokens, header.number, header.created_ns),
                 key in pinned,
             )
             block.close()
@@ -589,6 +600,16 @@ class BlockStore:
                 space = known if known is not None and known.hex()[:16] == folder.name else space
                 if space is not None:
                     yield space, key, status
+
+
+def _descriptors() -> int:
+    """How many files this process may open; the soft limit is raised, which costs nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
 
 
 @cache

@@ -129,8 +129,11 @@ class Tier(Registered, ABC, kind="tier"):
         self.budget = budget
 
     @classmethod
-    def from_budget(  # noqa: ARG003
-        cls, block_bytes: int, budget: Budget, around: Surroundings
+    def from_budget(
+        cls,
+        block_bytes: int,
+        budget: Budget,
+        around: Surroundings,  # noqa: ARG003
     ) -> "Tier | None":
         """A tier for a cache; None where there is no use for one. Raises ConfigError when it cannot
         be made."""

@@ -79,7 +79,7 @@ def test_exceptions_are_attended_where_they_stand(cpu_kernel, make_case, queries
     case = make_case(queries=queries, tokens=256, block_tokens=128, dtype=torch.bfloat16)
     case.keys[:, :, ::37, ::30] *= 2.0**-30  # some of them beyond what a code reaches
     case.values[:, :, 5::37, ::30] *= 2.0**30
-    case.keys[:, :, 3], case.values[:, :, 4] = 0.0, -0.0
+    case.keys[:, :, :, 3], case.values[:, :, :, 4] = 0.0, -0.0  # of channels
     case.fill_blocks(len(case.blocks))
     check_same(case)
 

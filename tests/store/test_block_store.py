@@ -11,6 +11,7 @@ from store.shadow import FILE_BYTES, ROOT, SPACE, chain, check, content, on_disk
 from hf_tiered_cache.errors import ConfigError, TierIOError
 from hf_tiered_cache.store import files
 from hf_tiered_cache.store.block_store import BlockStore
+from hf_tiered_cache.store.files import OpenBlock
 from hf_tiered_cache.store.journal import RECORD_BYTES
 from hf_tiered_cache.store.policies import EvictionPolicy
 
@@ -122,6 +123,17 @@ def test_an_open_block_outlives_its_eviction(tmp_path):
         put(store, chain(2, 4))
         assert check(store, chain(1, 4)) == 0
         assert found[3].read(found[3].header.extents[1]) == content(chain(1, 4)[3], 1)
+
+
+def test_a_hit_ends_where_too_many_files_are_open(store):
+    names = chain(1)
+    put(store, names)
+    store._most_open = OpenBlock.num_open + 3
+    found = store.find(SPACE, names)
+    assert len(found) == 3
+    del found
+    assert OpenBlock.num_open == store._most_open - 3
+    assert len(store.find(SPACE, names)) == 3
 
 
 def paths(store, names):

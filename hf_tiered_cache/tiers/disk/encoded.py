@@ -57,7 +57,8 @@ class EncodedTier(Tier):
         assert self._whole is not None
         transfers = [
             self._whole.read(
-                [self._whole_slots[slots[index]] for index in whole], [out[index] for index in whole]
+                [self._whole_slots[slots[index]] for index in whole],
+                [out[index] for index in whole],
             )
         ]
         if encoded:

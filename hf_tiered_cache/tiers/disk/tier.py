@@ -67,7 +67,8 @@ class DiskTier(Tier, name="disk"):
         open_file: type[BlockFile] = BlockFile,
     ) -> None:
         """mover: whose threads move the bytes, "compiled" or "python"; "auto": the first, if built.
-        codec: what blocks are encoded with in the file; see `EncodedTier`. open_file: where tests put faults, under Python's threads.
+        codec: what blocks are encoded with in the file; see `EncodedTier`. open_file: where tests
+        put faults, under Python's threads.
 
         Raises ConfigError when the folder is missing, not writable, or has less free space than the
         budget has left.

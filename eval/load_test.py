@@ -328,7 +328,7 @@ def draw(rows: list[dict], path: Path) -> None:
         left.bar(names, shares, bottom=below, label=label, color=color)
         below = [b + s for b, s in zip(below, shares, strict=True)]
     left.set(xlabel="load over capacity", ylabel="share of the requests")
-    left.legend()
+    left.legend(loc="lower left")
     for row, name in zip(rows, names, strict=True):
         times = sorted(it["ttft"] for it in row["outcomes"] if it["ttft"] is not None)
         right.plot(times, [(i + 1) / len(times) for i in range(len(times))], label=name)

@@ -8,18 +8,31 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-slow lint types bench bench-quick gpu train clean
+.PHONY: demo test test-kernels test-slow lint types bench bench-quick gpu train clean
 
 # The demo continues a long text through a cache that holds a quarter of it on the device.
-# MODEL=org/name or a folder, PROMPT=file, TOKENS=64, CHUNK=1024 change what it runs.
+# MODEL=smollm2 or gemma3-270m (downloaded once: eval/get_model.py), org/name or a folder;
+# PROMPT=file, ASK="a question?", TOKENS=64, CHUNK=1024 change what it runs.
+GOT := $(filter smollm2 gemma3-270m,$(MODEL))
 demo: $(BUILT)
-	$(BIN)/python examples/long_document.py $(if $(MODEL),--model $(MODEL)) \
-		$(if $(PROMPT),--prompt $(PROMPT)) $(if $(TOKENS),--new-tokens $(TOKENS)) \
+	$(if $(GOT),model=$$($(BIN)/python eval/get_model.py $(GOT)) &&) \
+	$(BIN)/python examples/long_document.py \
+		$(if $(MODEL),--model $(if $(GOT),"$$model",$(MODEL))) \
+		$(if $(PROMPT)$(GOT),--prompt $(or $(PROMPT),python-reference)) \
+		$(if $(ASK),--ask "$(ASK)") $(if $(TOKENS),--new-tokens $(TOKENS)) \
 		$(if $(CHUNK),--chunk $(CHUNK))
 
 # A process for each processor, and a file of tests in one of them.
 test: $(BUILT) lint types
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Tokens under every other kernel that this machine can run; tests/kernels goes through all by itself.
+test-kernels: $(BUILT)
+	for kernel in $$($(BIN)/python -c "from hf_tiered_cache.kernels import ops; \
+			print(*ops.available_kernels()[1:])"); do \
+		HF_TIERED_CACHE_KERNEL=$$kernel $(BIN)/python -m pytest -k greedy \
+			tests/test_families.py tests/test_generate_parity.py || exit 1; \
+	done
 
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -13,30 +13,35 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.utils import logging
 
 from hf_tiered_cache import TieredCache, TieredCacheError, generation_progress
+from hf_tiered_cache.evaluation.documents import LANGUAGE_REFERENCE
+from hf_tiered_cache.evaluation.models import choose_dtype, load_outline
 from hf_tiered_cache.evaluation.names import ModelError
 from hf_tiered_cache.evaluation.scoring import fitting_shape
+from hf_tiered_cache.evaluation.standard_library import language_reference
 from hf_tiered_cache.integration.progress import Timing
 
 TINY_LM = Path(__file__).parent.parent / "eval" / "tiny_lm"
 # Standard library files the model was not trained on; the last one is in every installation.
 DOCUMENTS = ("idlelib/pyshell.py", "test/test_types.py", "argparse.py")
 OFF_DEVICE = 0.75  # of the blocks
+CHAT_TOKENS = 64  # enough for what a chat template adds
 
 
 def main(command: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(command)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+    dtype, why = choose_dtype(load_outline(arguments.model), arguments.dtype, torch.device("cpu"))
+    print(why, end="\n" if why else "")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
     own_attention = model.config._attn_implementation
-    text = Path(arguments.prompt).read_text(errors="replace")
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    prompt = inputs.input_ids[:, : prompt_tokens(model, arguments)]
+    prompt = make_prompt(tokenizer, model, arguments)
     num_tokens = prompt.shape[1] + arguments.new_tokens
     shape = fitting_shape(model, num_tokens, OFF_DEVICE, disk_dir=arguments.disk_dir)
     budgets = shape.budgets(num_tokens, OFF_DEVICE)
@@ -89,6 +94,25 @@ def generate(
     return sequences, timing
 
 
+def make_prompt(
+    tokenizer: Any, model: torch.nn.Module, arguments: argparse.Namespace
+) -> torch.Tensor:
+    """The beginning of the document `[1, tokens]`; with a question behind it, as a chat."""
+    if arguments.prompt == LANGUAGE_REFERENCE:
+        text = language_reference()
+    else:
+        text = Path(arguments.prompt).read_text(errors="replace")
+    document = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    num_tokens = prompt_tokens(model, arguments)
+    if not arguments.ask:
+        return document[:, :num_tokens]
+    document = document[0, : num_tokens - CHAT_TOKENS - len(tokenizer(arguments.ask).input_ids)]
+    said = f"{tokenizer.decode(document)}\n\n{arguments.ask}"
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+
+
 def prompt_tokens(model: torch.nn.Module, arguments: argparse.Namespace) -> int:
     """As many as asked for, fewer where the model was made for fewer."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -115,8 +139,10 @@ def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt",
         default=str(default_document()),
-        help="text file to continue (default: %(default)s)",
+        help=f"text file to continue, or {LANGUAGE_REFERENCE}, prose that comes with Python "
+        "(default: %(default)s)",
     )
+    parser.add_argument("--ask", help="put this question behind the document, to a chat model")
     parser.add_argument("--prompt-tokens", type=int, default=16384, help="use this many at most")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens per forward")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import inspect
+import json
 import os
 import re
 import shutil
@@ -102,7 +103,7 @@ def test_knobs_take_bytes_words_and_auto(knobs, expected):
         ({"block_tokens": "16"}, "block_tokens='16'"),
         (
             {"demotion": "by_size"},
-            "unknown demotion policy 'by_size'; known: by_age, sinks_and_recent",
+            "unknown demotion policy 'by_size'; known: by_age",
         ),
         ({"extra_tiers": {"disk": "auto"}}, """extra_tiers['disk']="auto": expected int bytes"""),
         ({"extra_tiers": {"tape": -1}}, "extra_tiers['tape']=-1: expected int bytes >= 0"),
@@ -576,6 +577,20 @@ def test_printing_tells_what_lies_where(make_cache):
         assert word in text
     cache.close()
     assert str(cache) == "TieredCache(closed, 1 layers)"
+
+
+def test_stats_are_plain_data_and_a_table_for_notebooks(make_cache, tmp_path):
+    with make_cache(device_blocks=12) as cache:
+        cache.update(*new_tokens(1, 40), 0)
+        stats = cache.stats()
+        found = json.loads(json.dumps(stats.to_dict()))
+        assert found["num_tokens"] == 40 and found["hit_share"] == stats.hit_share
+        assert found["tiers"][0]["used_bytes"] == stats.tiers[0].used_bytes
+        assert found["counters"]["stores"] == stats.counters.stores > 0
+        html = cache._repr_html_()
+        assert html.count("<meter") == len(stats.tiers) and "40 tokens" in html
+        assert str(tmp_path) in html and "<b>TieredCache(40 tokens" in html
+    assert cache._repr_html_() == "<b>TieredCache(closed, 1 layers)</b>"
 
 
 def test_stats_of_an_empty_cache(make_cache):

@@ -91,7 +91,7 @@ def test_the_forge_runs_what_the_readme_says():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
     (job,) = workflow["jobs"].values()
     commands = [step["run"] for step in job["steps"] if "run" in step]
-    assert commands == ["make test PYTHON=python"]
+    assert commands == ["make test PYTHON=python", "make test-kernels PYTHON=python"]
     assert "    make test " in (ROOT / "README.md").read_text()
     project = (ROOT / "pyproject.toml").read_text()
     for python in job["strategy"]["matrix"]["python"]:

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_tiered_cache import TieredCache
+from hf_tiered_cache.integration import progress
 from hf_tiered_cache.integration.progress import generation_progress
 
 
@@ -34,6 +35,17 @@ def test_a_chunked_prompt_of_50_and_6_new_tokens_are_counted_as_50_and_5(model):
     assert (timing.prefill_tokens, timing.decode_tokens) == (50, 5)
     assert timing.prefill_rate > 0
     assert timing.decode_rate > 0
+
+
+def test_bars_tell_what_the_cache_does(model, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "POSTFIX_SECONDS", 0.0)
+    prompt = torch.randint(0, 50, (1, 20))
+    with (
+        TieredCache(device_bytes="64MiB", disk_bytes=0) as cache,
+        generation_progress(model, prompt_tokens=20, new_tokens=4),
+    ):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=4, min_new_tokens=4)
+    assert "hit 100%, device " in capsys.readouterr().err
 
 
 def test_the_hook_is_gone_after_an_exception(model):

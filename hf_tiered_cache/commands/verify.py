@@ -1,6 +1,6 @@
 """`verify MODEL`: does the cache change what this model says? The bars of `evaluation.bars`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -102,12 +102,9 @@ def verify(
         for window in make_windows(document, tokenizer, context, None, 1)
     ]
     plan = Plan(chunk, decode_tokens, new_tokens)
-    blocks: dict[str, Any] = {
-        "block_tokens": block_tokens,
-        "packing": packing,
-        "disk_dir": disk_dir,
-    }
-    passes = verification.run(loaded, windows, plan, shares, attention, **blocks)
+    passes = verification.run(
+        loaded, windows, plan, shares, attention, block_tokens, packing, disk_dir
+    )
     rows = parity.rows(name, passes)
     kept = bars(rows)
     is_good = all(bar.is_reached for bar in kept)

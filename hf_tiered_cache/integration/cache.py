@@ -5,6 +5,7 @@ The words and signatures of transformers end here, in `cache_layers.py` and in `
 
 import contextlib
 import copy
+import html
 import operator
 import os
 import weakref
@@ -30,7 +31,7 @@ from hf_tiered_cache.errors import (
     ConfigError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.integration import attention, forwards, planning, untiered
+from hf_tiered_cache.integration import attention, forwards, planning, saved, untiered
 from hf_tiered_cache.integration.cache_layers import (
     OwnedTables,
     TieredHybridLayer,
@@ -164,6 +165,7 @@ class TieredCache(DynamicCache):
         Cache.__init__(self, layers=layers)
         self._num_layers = len(layers)  # as the config told, or 0
         self._records_past = False
+        self.saved_ids: torch.Tensor | None = None  # of what `from_pretrained` read
         for layer_idx, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[layer_idx] = TieredLayer(self._owned, layer_idx)
@@ -664,6 +666,66 @@ class TieredCache(DynamicCache):
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        tokenizer: Any = None,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write what the cache holds into a folder, for `from_pretrained` in another process.
+
+        model: that computed it. input_ids: `[batch, tokens]`, of all tokens it holds. tokenizer:
+        that made them, to be checked as well. push_to_hub: upload the folder to `repo_id`; `hub`
+        goes to `huggingface_hub.upload_folder` (token, private repositories, ...).
+
+        Dense, a layer in memory at a time. Raises UnsupportedInputError, before anything is
+        written, for other ids than it holds, and for layers other than full and sliding-window
+        attention.
+        """
+        self._check_open()
+        with self._alone():
+            self._check_whole()
+            held = [self._num_rows(), super().get_seq_length()]
+            if list(input_ids.shape) != held:
+                raise UnsupportedInputError(
+                    f"input_ids {list(input_ids.shape)}: expected the ids of the {held} "
+                    "[batch, tokens] that the cache holds (generate leaves out the last token)"
+                )
+            if push_to_hub and repo_id is None:
+                raise ConfigError("push_to_hub=True: expected repo_id='owner/name' beside it")
+            saved.save(self.layers, directory, model, input_ids, tokenizer)
+        if push_to_hub and repo_id is not None:
+            saved.push(directory, repo_id, **hub)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        **knobs: Any,
+    ) -> "TieredCache":
+        """A cache that `save_pretrained` wrote: a folder, or a repository of the hub.
+
+        knobs: of the new cache, as `TieredCache` takes them. Its `saved_ids` are the ids it holds:
+        what `generate` is given must begin with them. Raises UnsupportedInputError if it was
+        computed with another model, or by another tokenizer than the given one, and names the
+        difference; TierIOError if the folder is unfinished or damaged; OutOfBlocksError.
+        """
+        folder = saved.local_folder(name)
+        cache = cls(model.config, **knobs)
+        try:
+            cache.saved_ids = saved.load(cache.layers, folder, model, tokenizer)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
+
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the knobs, and every layer's keys and values as dense tensors."""
         self._check_open()
@@ -713,3 +775,8 @@ class TieredCache(DynamicCache):
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.stats()}" if not self.is_closed else repr(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        name = f"<b>{html.escape(repr(self))}</b>"
+        return name if self.is_closed else name + self.stats()._repr_html_()

@@ -31,21 +31,23 @@ def model_space(model: torch.nn.Module, salt: bytes = b"") -> bytes:
     """The namespace of a model's blocks as it computes them now, 32 bytes: weights, config after
     loading (RoPE included), dtypes, adapters, quantisation, autocast, tensor-parallel rank.
     salt: a tenant's."""
+    return keys.namespace({**model_identity(model), "salt": salt})
+
+
+def model_identity(model: torch.nn.Module) -> dict[str, Any]:
+    """What `model_space` is made of, by name."""
     device = next((it.device.type for it in model.parameters()), "cpu")
     autocast = torch.is_autocast_enabled(device)
     config: Any = getattr(model, "config", None)
-    return keys.namespace(
-        {
-            "class": f"{type(model).__module__}.{type(model).__qualname__}",
-            "config": _plain(config.to_dict()) if hasattr(config, "to_dict") else None,
-            "weights": _weights(model),
-            "adapters": list(_adapters(model)),
-            "autocast": str(torch.get_autocast_dtype(device)) if autocast else "",
-            "layout": LAYOUT,
-            "parallel": _parallel(model),
-            "salt": salt,
-        }
-    )
+    return {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": _plain(config.to_dict()) if hasattr(config, "to_dict") else None,
+        "weights": _weights(model),
+        "adapters": list(_adapters(model)),
+        "autocast": str(torch.get_autocast_dtype(device)) if autocast else "",
+        "layout": LAYOUT,
+        "parallel": _parallel(model),
+    }
 
 
 def _weights(model: torch.nn.Module) -> bytes:

@@ -5,8 +5,10 @@ Counters are plain additions. A span costs nothing unless a torch profiler is re
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from html import escape
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -205,6 +207,22 @@ class CacheStats:
             f"hit share {self.hit_share:.1%}"
         )
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers, strings, lists and dicts, for JSON or a logger of runs."""
+        return {**asdict(self), "hit_share": self.hit_share}
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what is printed, with the tiers as bars of their budgets."""
+        rows = [
+            f"<td>{escape(tier.name)}</td>"
+            f"<td><meter max={tier.budget_bytes} value={tier.used_bytes}></meter></td>"
+            f"<td>{format_bytes(tier.used_bytes)} of {format_bytes(tier.budget_bytes)}</td>"
+            f"<td>{escape(tier.where)}</td>"
+            for tier in self.tiers
+        ]
+        bars = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table>{bars}</table><pre>{escape(str(self))}</pre>"
 
 
 class _NoSpan:

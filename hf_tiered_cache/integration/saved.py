@@ -1,0 +1,192 @@
+"""A prefilled cache as a folder that another process, or another person, goes on from.
+
+    tiered_cache.json            what it was computed with, and a checksum of every tensor
+    layer_00000.safetensors ...  keys and values of a layer, dense
+
+Keys and values of one model mean nothing to another, so a folder is opened only for the model, and
+with the tokenizer, that it was made with; what differs is named. The json comes last and at once: a
+folder without it was not finished. safetensors has no checksums of its own.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from huggingface_hub import snapshot_download, upload_folder
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from hf_tiered_cache.errors import TierIOError, UnsupportedInputError
+from hf_tiered_cache.integration.cache_layers import TieredLayer
+from hf_tiered_cache.integration.compat import DummyLayer
+from hf_tiered_cache.integration.model_key import model_identity
+
+INDEX = "tiered_cache.json"
+FORMAT = "hf_tiered_cache 1"
+MAX_DIFFERENCES = 5  # named in an error
+
+
+def save(
+    layers: list[Any],
+    directory: str | os.PathLike[str],
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    tokenizer: Any = None,
+) -> None:
+    """Write the layers, one after the other, into `directory`, which is made if missing. Raises
+    UnsupportedInputError for kinds of layers that are not saved."""
+    for number, layer in enumerate(layers):
+        if type(layer) not in (TieredLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise UnsupportedInputError(
+                f"layer {number} is a {type(layer).__name__}: only full and sliding-window "
+                "attention can be saved as a folder; pickle keeps the others"
+            )
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = folder / INDEX
+    index.unlink(missing_ok=True)
+    entries = []
+    for number, layer in enumerate(layers):
+        tensors, facts = _held(layer)
+        name = f"layer_{number:05}.safetensors"
+        if tensors:
+            save_file(tensors, folder / name)
+        checksums = {part: _checksum(one) for part, one in tensors.items()}
+        entries.append({**facts, "file": name if tensors else None, "checksums": checksums})
+    found = {
+        "format": FORMAT,
+        "identity": _identity(model, tokenizer),
+        "input_ids": input_ids.tolist(),
+        "layers": entries,
+    }
+    unfinished = folder / f"{INDEX}.unfinished"
+    unfinished.write_text(json.dumps(found))
+    os.replace(unfinished, index)
+
+
+def load(
+    layers: list[Any], folder: Path, model: torch.nn.Module, tokenizer: Any = None
+) -> torch.Tensor:
+    """Fill the empty layers of a cache made for `model`; the ids `[batch, tokens]` they are of.
+
+    Raises UnsupportedInputError for another model, tokenizer or format, TierIOError for a folder
+    that is unfinished or damaged.
+    """
+    found = _read_index(folder)
+    saved, given = found["identity"], _identity(model, tokenizer)
+    if tokenizer is None:
+        saved = {**saved, "tokenizer": None}  # ids are given by the caller, by whatever made them
+    if saved != given:
+        differences = _differences("", saved, given)
+        more = len(differences) - MAX_DIFFERENCES
+        raise UnsupportedInputError(
+            f"{folder} was not computed with this: {'; '.join(differences[:MAX_DIFFERENCES])}"
+            + (f"; {more} more" if more > 0 else "")
+            + ". Keys and values of one model mean nothing to another: prefill it anew"
+        )
+    for number, (layer, entry) in enumerate(zip(layers, found["layers"], strict=True)):
+        if type(layer).__name__ != entry["type"]:
+            raise UnsupportedInputError(
+                f"layer {number} of {folder} is a {entry['type']}, here a {type(layer).__name__}: "
+                "saved by another version of transformers"
+            )
+        if entry["file"] is not None:
+            tensors = _read_tensors(folder / entry["file"], entry["checksums"])
+            _fill(layer, tensors, entry)
+    return torch.tensor(found["input_ids"])
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path:
+    """A folder as it is; else the snapshot of a repository of the hub, which is downloaded."""
+    path = Path(name).expanduser()
+    return path if path.is_dir() else Path(snapshot_download(str(name)))
+
+
+def push(folder: str | os.PathLike[str], repo_id: str, **how: Any) -> Any:
+    """Upload a saved folder by `huggingface_hub.upload_folder`, which takes `how`."""
+    return upload_folder(folder_path=Path(folder), repo_id=repo_id, **how)
+
+
+def _held(layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What of a layer is saved: tensors, and facts for json."""
+    facts: dict[str, Any] = {"type": type(layer).__name__}
+    if type(layer) is DynamicSlidingWindowLayer:
+        facts["cumulative_length"] = layer.cumulative_length
+    if getattr(layer, "keys", None) is None or not layer.get_seq_length():
+        return {}, facts
+    parts = {"keys": layer.keys, "values": layer.values}
+    return {name: one.clone().cpu().contiguous() for name, one in parts.items()}, facts
+
+
+def _fill(layer: Any, tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> None:
+    layer.update(tensors["keys"], tensors["values"])
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer.cumulative_length = entry["cumulative_length"]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = folder / INDEX
+    try:
+        found = json.loads(index.read_text())
+    except FileNotFoundError:
+        raise TierIOError(f"{folder} has no {INDEX}: no saved cache, or one not finished") from None
+    except ValueError as error:
+        raise TierIOError(f"{index} is damaged ({error}): save or download it again") from None
+    if found.get("format") != FORMAT:
+        raise UnsupportedInputError(
+            f"{index} is of format {found.get('format')!r}, expected {FORMAT!r}: update "
+            "hf_tiered_cache, or prefill it anew"
+        )
+    return found
+
+
+def _read_tensors(file: Path, checksums: dict[str, str]) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise TierIOError(f"{file} cannot be read ({error}): save or download it again") from None
+    for part, expected in checksums.items():
+        got = _checksum(tensors[part]) if part in tensors else "missing"
+        if got != expected:
+            raise TierIOError(
+                f"{part} in {file} are damaged: checksum {got}, expected {expected}; save or "
+                "download it again"
+            )
+    return tensors
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_128(tensor.view(torch.uint8).numpy().data).hexdigest()
+
+
+def _identity(model: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """As it is after a journey through json."""
+    identity = model_identity(model)
+    identity["weights"] = identity["weights"].hex()
+    identity["tokenizer"] = None if tokenizer is None else _tokenizer_identity(tokenizer)
+    return json.loads(json.dumps(identity))
+
+
+def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = tokenizer.get_vocab()
+    rules = json.dumps(sorted(vocabulary.items())) if backend is None else backend.to_str()
+    return {"size": len(vocabulary), "rules": hashlib.sha256(rules.encode()).hexdigest()}
+
+
+def _differences(name: str, saved: Any, given: Any) -> list[str]:
+    """Each entry in which two identities differ, by its path."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        return [
+            difference
+            for key in sorted(saved.keys() | given.keys())
+            for difference in _differences(
+                f"{name}.{key}" if name else key, saved.get(key), given.get(key)
+            )
+        ]
+    return [] if saved == given else [f"{name} was {saved!r:.60}, is {given!r:.60}"]

@@ -3,11 +3,12 @@
     python eval/bench_host_cost.py
     python eval/bench_host_cost.py --profile
 
-A model whose 32 layers update and attend and do nothing else decodes behind contexts of 32K and 128K
-tokens whose blocks (256 tokens each, made small, for no byte matters here) lie partly in host memory.
-Loads are never ready when they are asked for, which costs the host most. Printed: thread CPU time
-for a token and, for each layer, the calls of Python and of CUDA. The calls are the same on every
-machine; tests hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same tokens.
+A model whose 32 layers update and attend and do nothing else decodes behind contexts of 32K and
+128K tokens whose blocks (256 tokens each, made small, for no byte matters here) lie partly in host
+memory. Loads are never ready when they are asked for, which costs the host most. Printed: thread
+CPU time for a token and, for each layer, the calls of Python and of CUDA. The calls are the same on
+every machine; tests hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same
+tokens.
 """
 
 import argparse

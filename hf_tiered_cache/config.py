@@ -63,7 +63,8 @@ class TieredCacheConfig:
     # What blocks are encoded with on disk: "none", an exact codec by name or as "module:Class"; or
     # "auto": bfloat16 as "bf16_12bit" where compiled kernels run, anything else as it is.
     packing: str = AUTO
-    # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
+    # Which blocks leave a rung first: the name of a demotion policy ("by_age"; for drafts
+    # "sinks_and_recent"), or "module:Class".
     demotion: str = "by_age"
     # What attention reads: "all", or the name of another selection policy, which is approximate
     # ("resident_only": what is on the device), or "module:Class".

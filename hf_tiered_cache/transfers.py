@@ -80,6 +80,10 @@ class Transfer:
         is the CPU, the same as `wait`."""
         self.wait()
 
+    def ends_after(self, other: "Transfer") -> bool:
+        """Whether `other` has ended, well or not, whenever this one has."""
+        return other is self
+
     def check_process(self) -> None:
         """Raise ClosedCacheError in a forked child, where nobody would end this transfer."""
         if os.getpid() != self._pid:
@@ -132,6 +136,18 @@ class _Ended(NamedTuple):
 
 DONE = Transfer(num_parts=0)
 """A finished transfer, shared by everything that has nothing to wait for."""
+
+
+def last_of(transfers: Sequence[Transfer]) -> list[Transfer]:
+    """Those that must be waited for so that all have ended; the last one first."""
+    needed: list[Transfer] = []
+    for transfer in reversed(transfers):
+        for later in needed:
+            if later.ends_after(transfer):
+                break
+        else:
+            needed.append(transfer)
+    return needed
 
 
 class Then(Transfer):

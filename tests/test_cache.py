@@ -101,7 +101,10 @@ def test_knobs_take_bytes_words_and_auto(knobs, expected):
         ({"block_tokens": 5}, "block_tokens=5: expected a power of two from 4 up"),
         ({"block_tokens": 2}, "block_tokens=2"),
         ({"block_tokens": "16"}, "block_tokens='16'"),
-        ({"demotion": "by_size"}, "unknown demotion policy 'by_size'; known: by_age"),
+        (
+            {"demotion": "by_size"},
+            "unknown demotion policy 'by_size'; known: by_age, sinks_and_recent",
+        ),
         ({"extra_tiers": {"disk": "auto"}}, """extra_tiers['disk']="auto": expected int bytes"""),
         ({"extra_tiers": {"tape": -1}}, "extra_tiers['tape']=-1: expected int bytes >= 0"),
         ({"extra_tiers": {"tape": 1}}, "unknown tier 'tape'; known: device, disk, "),

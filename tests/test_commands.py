@@ -66,6 +66,55 @@ def test_env_says_why_a_folder_is_unusable(tmp_path):
     assert "disk_dir" in done.output and "cannot be made" in done.output
 
 
+@pytest.fixture
+def config_alone(tmp_path):
+    folder = tmp_path / "outline"
+    LlamaConfig(**SIZES, num_attention_heads=4).save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return str(folder)
+
+
+def test_plan_needs_a_config_alone(config_alone, tmp_path):
+    done = run("plan", config_alone, "--context", "4096", "--device-bytes", "4MiB", "--threads=1")
+    assert done.exit_code == 0, done.output
+    for expected in (
+        "a token in",
+        "read from here",
+        "probe: ",
+        "prefill",
+        "decode, plain",
+        "binds",
+    ):
+        assert expected in done.stdout
+    assert len(done.stdout.splitlines()) < 25, "one screen"
+    assert list((tmp_path / "blocks").iterdir()) == [], "what was measured left no file"
+
+
+def test_plan_by_a_profile_as_json(config_alone):
+    done = run("plan", config_alone, "--device-profile", "h200", "--device-bytes=4MiB", "--json")
+    found = json.loads(done.stdout)
+    assert found["is_prediction"] and not found["rates_are_measured"]
+    assert sum(tier["home_blocks"] for tier in found["tiers"]) * found["block_tokens"] >= 32768
+    assert all(rate["source"] for rate in found["rates"].values())
+    assert found["decode"]["plain"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--device-profile", "abacus"), "expected h200, h100, 4090, 3060"),
+        (("--device-bytes", "4KiB", "--device-profile", "h100"), "smallest device_bytes"),
+        (("--context", "0"), "--context 0: expected 1 or more"),
+        (("--disk-bytes", "many"), "disk_bytes='many'"),
+    ],
+)
+def test_plan_says_what_cannot_be(config_alone, arguments, complaint):
+    done = run("plan", config_alone, *arguments)
+    assert done.exit_code == 2
+    assert complaint in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_verify_reaches_every_bar(tmp_path):
     done = run("verify", TINY_LM, *SHORT, "--off-device", "0.8", "--dtype", "float32")
     assert done.exit_code == 0, done.output

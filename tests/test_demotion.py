@@ -7,7 +7,7 @@ from support import Shadowed, make_manager
 from test_block_manager import BOTTOM, DISK, HOST, LAYOUT, filled, filled_chain
 
 from hf_tiered_cache.blocks.block_manager import DEVICE, KVBlock, KVBlockManager
-from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy
+from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy, SinksAndRecent
 from hf_tiered_cache.errors import BlockStateError
 
 BY_AGE = ByAge()
@@ -152,3 +152,16 @@ def test_a_policy_that_chooses_what_may_not_leave_is_refused_and_the_tokens_stay
 def append_much(table: Shadowed) -> None:
     for _ in range(20):
         table.append(3)
+
+
+def test_the_first_block_stays_for_drafts_as_long_as_there_is_another():
+    caller, table = filled(16)
+    policy = SinksAndRecent()
+    victims = []
+    for _ in range(4):
+        block = policy.next_to_demote(caller.blocks.waiting[DEVICE], may_store=True)
+        assert policy.next_to_store(caller.blocks.waiting[DEVICE]) is block
+        victims.append(block.index)
+        caller.demote(block)
+    assert victims == [1, 2, 3, 0]
+    assert caller.tokens(table) == [list(range(1, 17))]

@@ -13,6 +13,7 @@ from hf_tiered_cache.devices import CudaDevice, cuda_lane
 from hf_tiered_cache.devices.cuda_clock import CudaClock
 from hf_tiered_cache.kernels import flash, ops
 from hf_tiered_cache.kernels.loader import default_kernel
+from hf_tiered_cache.transfers import DONE, last_of
 
 BLOCK = 4096
 RING = 2 * BLOCK
@@ -198,3 +199,26 @@ def test_a_clock_adds_up_what_has_passed():
         late = clock.begin(stream)
         clock.end(late, stream).at = None
         assert clock.seconds() == pytest.approx(3 / 1000)
+
+
+def test_of_copies_in_one_direction_only_the_last_is_waited_for():
+    with fake_gpu() as gpu:
+        lane, other = gpu.make_lane(), gpu.make_lane()
+        blocks, host = torch.ones(3, BLOCK).byte(), torch.zeros(3, BLOCK, dtype=torch.uint8)
+        loads = [lane.load([host[i]], [blocks[i]]) for i in range(3)]
+        store = lane.store([blocks[0]], [host[0]])
+        elsewhere = other.load([host[0]], [blocks[0]])
+        assert last_of(loads) == [loads[2]]
+        assert last_of(loads[::-1]) == loads  # they are told in the order of their use
+        assert last_of([loads[2], store, elsewhere]) == [elsewhere, store, loads[2]]
+        assert last_of([DONE, loads[0], DONE]) == [DONE, loads[0]]
+
+
+def test_loads_wait_once_for_a_mark_and_for_every_mark():
+    with fake_gpu() as gpu:
+        lane = gpu.make_lane()
+        marks = [lane.mark(), lane.mark()]
+        for mark in [*marks, *marks]:
+            mark.hold_loads()
+        moments = [at for what, at in gpu.stream.seen if what == "record"]
+        assert lane._loads.seen == [("wait", at) for at in moments]

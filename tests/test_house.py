@@ -29,11 +29,12 @@ FLOORS = {
     "devices": 4,
     "tiers": 5,
     "blocks": 6,
-    "integration": 7,
-    "evaluation": 8,
-    "serving": 8,
-    "commands": 9,
-    "__main__": 10,
+    "planner": 7,
+    "integration": 8,
+    "evaluation": 9,
+    "serving": 9,
+    "commands": 10,
+    "__main__": 11,
     "__init__": 99,
 }
 ROOF = FLOORS["__init__"]

@@ -34,7 +34,9 @@ def test_a_subclass_with_a_name_is_found():
 
 def test_kinds_know_nothing_of_each_other():
     assert not set(Tier.registry) & set(DemotionPolicy.registry)
-    with pytest.raises(ConfigError, match="unknown demotion policy 'disk'; known: by_age"):
+    with pytest.raises(
+        ConfigError, match="unknown demotion policy 'disk'; known: by_age, sinks_and_recent"
+    ):
         DemotionPolicy.by_name("disk")
 
 

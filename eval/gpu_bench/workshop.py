@@ -13,9 +13,12 @@ from sections import Row, Skipped, at_most
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, PreTrainedModel
 
 from gpu_bench.machine import GIB, Machine
-from hf_tiered_cache import TieredCache
+from hf_tiered_cache import TieredCache, TieredCacheConfig
 from hf_tiered_cache.config import free_memory_bytes
+from hf_tiered_cache.integration.planning import plan_by_profile
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
+from hf_tiered_cache.planner.prediction import Figure
+from hf_tiered_cache.planner.profiles import PROFILES
 
 LOG_DIR = Path(__file__).parents[2] / "build" / "gpu_logs"
 HOST_SPARE_BYTES = 256 << 20  # of a cache's host budget
@@ -163,22 +166,34 @@ class Bench:
         return self.sizes.config.num_hidden_layers
 
     def tiered(self, context: int, share: float, **knobs: Any) -> TieredCache:
-        """An empty cache for `context` tokens, with room for all but `share` of its blocks on the
+        """An empty cache with the `knobs` for a context, but for those given."""
+        return TieredCache(self.sizes.config, **{**self.knobs(context, share), **knobs})
+
+    def knobs(self, context: int, share: float) -> dict[str, Any]:
+        """Of a cache for `context` tokens, with room for all but `share` of its blocks on the
         device, and for those in host memory."""
         columns = self.layout.num_blocks(context)
         resident = columns if share == 0 else max(1, round((1 - share) * columns))
         block, layers = self.layout.num_bytes, self.num_layers
-        return TieredCache(
-            self.sizes.config,
-            **{
-                "device_bytes": resident * layers * block + self.sizes.staging_bytes,
-                "staging_bytes": self.sizes.staging_bytes,
-                "host_bytes": (columns + 1) * layers * block + HOST_SPARE_BYTES if share else 0,
-                "disk_bytes": 0,
-                "block_tokens": self.sizes.block_tokens,
-                **knobs,
-            },
-        )
+        return {
+            "device_bytes": resident * layers * block + self.sizes.staging_bytes,
+            "staging_bytes": self.sizes.staging_bytes,
+            "host_bytes": (columns + 1) * layers * block + HOST_SPARE_BYTES if share else 0,
+            "disk_bytes": 0,
+            "block_tokens": self.sizes.block_tokens,
+        }
+
+    def predicted_seconds(self, context: int, share: float) -> float:
+        """What the planner says of a token with copies alone: the profile of the H200, but for the
+        link's rate where it was measured here."""
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(self.sizes.config, dtype=torch.bfloat16)
+        knobs = TieredCacheConfig(**self.knobs(context, share))
+        plan = plan_by_profile(outline, knobs, context, PROFILES["h200"])
+        if "h2d" in self.rates:
+            link = Figure(self.rates["h2d"], "measured by the section link")
+            plan = replace(plan, rates=replace(plan.rates, link=link))
+        return plan.decode().seconds
 
     def dynamic(self, context: int) -> DynamicCache:
         """transformers' own cache, filled with random keys and values."""

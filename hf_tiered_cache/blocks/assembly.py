@@ -158,7 +158,9 @@ class BlockMemory:
         place = self._places.get(device) or self._new_place(device)
         lane = place.device.copy_lane
         tier = DeviceTier(layout.num_bytes, place.budget, device, lane)
-        staging = max(MIN_STAGING_BLOCKS, self._staging_bytes(place) // layout.num_bytes)
+        staging = staging_slots(
+            self.config, place.budget.limit_bytes, layout.num_bytes, has_lane=lane is not None
+        )
         lower = self._lower_tiers(layout, place.device)
         stored = None
         if self._store is not None:
@@ -283,12 +285,6 @@ class BlockMemory:
         num_bytes = min(PROBE_BYTES, free)
         return torch.empty((max(1, num_bytes // block_bytes), block_bytes), dtype=torch.uint8)
 
-    def _staging_bytes(self, place: "_Place") -> int:
-        if self.config.staging_bytes != AUTO:
-            return int(self.config.staging_bytes)
-        most = STAGING_BYTES if place.device.copy_lane is None else LANE_STAGING_BYTES
-        return min(most, int(place.budget.limit_bytes * STAGING_SHARE))
-
     def counters(self) -> Counters:
         """The totals of all managers."""
         total = Counters()
@@ -350,6 +346,18 @@ class BlockMemory:
             place.device.close()  # it reads what is closed next
         for manager in self.managers:
             manager.close()
+
+
+def staging_slots(
+    config: TieredCacheConfig, device_bytes: int, block_bytes: int, *, has_lane: bool
+) -> int:
+    """Slots that are wished for cold blocks passing through, of a budget on a device with or
+    without a copy lane."""
+    num_bytes = config.staging_bytes
+    if num_bytes == AUTO:
+        most = LANE_STAGING_BYTES if has_lane else STAGING_BYTES
+        num_bytes = min(most, int(device_bytes * STAGING_SHARE))
+    return max(MIN_STAGING_BLOCKS, int(num_bytes) // block_bytes)
 
 
 _Owned = tuple[OffloadManager, BlockTable]

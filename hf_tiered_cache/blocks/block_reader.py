@@ -40,7 +40,7 @@ from hf_tiered_cache.observe.metrics import Counters, span
 from hf_tiered_cache.observe.tracing import LOAD_WAIT
 from hf_tiered_cache.tiers.base import Tier
 from hf_tiered_cache.tiers.device import DeviceTier
-from hf_tiered_cache.transfers import Transfer
+from hf_tiered_cache.transfers import Transfer, last_of
 
 # Layers and tokens between two corrections of the lanes' shares: some tokens, so that waits add up
 # to more than noise.
@@ -272,12 +272,12 @@ class BlockReader:
                 has_prefetched = self._stream.begin(cold, kept)
             pin.staged = cold
             self._counters.cold_reads += len(cold)
-            return has_prefetched, self._stream.places(cold), self._stream.transfers(cold)
+            return has_prefetched, *self._stream.look_up(cold)
 
     def _wait(self, pin: Pin, cold: Sequence[KVBlock], transfers: Sequence[Transfer]) -> None:
         """Wait, or let the device wait, for the loads; when one fails none of them stays staged."""
         try:
-            pending = [transfer for transfer in transfers if not transfer.is_ready()]
+            pending = [transfer for transfer in last_of(transfers) if not transfer.is_ready()]
             if pending:
                 self._wait_for(pending)
             for transfer in transfers:

@@ -107,11 +107,15 @@ class StagingRing:
         """Start loading those of `blocks`, for which there is room, that are not staged yet;
         whether any was. What failed is loaded again."""
         staged = self._staged
-        for transfer in dict.fromkeys([staged[block][1] for block in blocks if block in staged]):
-            if transfer.has_failed:  # nobody can be attending what it did not bring
-                for block in [b for b, (_, load) in staged.items() if load is transfer]:
-                    self.discard(block)
-        missing = [block for block in blocks if block not in staged]
+        found = [staged.get(block) for block in blocks]
+        if failed := [load for load in _loads_of(found) if load.has_failed]:
+            # Nobody can be attending what they did not bring.
+            for block in [b for b, (_, load) in staged.items() if load in failed]:
+                self.discard(block)
+            found = [staged.get(block) for block in blocks]
+        missing = [block for block, one in zip(blocks, found, strict=True) if one is None]
+        if not missing:
+            return bool(blocks)
         surplus = len(missing) - len(self._free) - self.num_reserved
         if surplus > 0:
             wanted = {*blocks, *kept}
@@ -132,11 +136,11 @@ class StagingRing:
                 raise
             self.begin(blocks, kept)
             self._wait(blocks, kept)
-        return self.places(blocks)
+        return self.look_up(blocks)[0]
 
     def _wait(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock]) -> None:
         try:
-            for transfer in self.transfers(blocks):
+            for transfer in self.look_up(blocks)[1]:
                 transfer.hold_device()
         except TierIOError:
             for block in blocks:
@@ -144,17 +148,15 @@ class StagingRing:
                     self.discard(block)
             raise
 
-    def transfers(self, blocks: Iterable[KVBlock]) -> list[Transfer]:
-        """The loads of staged blocks, each once."""
-        return list(dict.fromkeys([self._staged[block][1] for block in blocks]))
-
-    def places(self, blocks: Iterable[KVBlock]) -> list[int]:
-        """Where blocks are staged."""
-        return [self._staged[block][0] for block in blocks]
+    def look_up(self, blocks: Sequence[KVBlock]) -> tuple[list[int], list[Transfer]]:
+        """The places where blocks are staged, and their loads, each once."""
+        found = [self._staged[block] for block in blocks]
+        return [place for place, _ in found], _loads_of(found)
 
     def release(self, blocks: Iterable[KVBlock]) -> None:
         """The blocks were attended; their staging slots are free."""
-        slots = [_slot(place) for place, _ in map(self._staged.pop, blocks)]
+        places = [place for place, _ in map(self._staged.pop, blocks)]
+        slots = [place if place >= 0 else ~place for place in places]  # `_slot`, without a call
         self._free += slots
         if self._device.lane is not None and slots:
             self._last_reads.update(dict.fromkeys(slots, self._device.lane.mark()))
@@ -291,6 +293,11 @@ class StagingRing:
         marks = set(map(self._last_reads.pop, slots, repeat(None)))
         for mark in marks:
             (mark or lane.mark()).hold_loads()
+
+
+def _loads_of(staged: Iterable[_Staged | None]) -> list[Transfer]:
+    """The loads of what is staged, each once."""
+    return list(dict.fromkeys([one[1] for one in staged if one is not None]))
 
 
 def _slot(place: int) -> int:

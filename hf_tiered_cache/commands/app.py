@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from hf_tiered_cache.commands.bench import bench
 from hf_tiered_cache.commands.env import env
 from hf_tiered_cache.commands.manners import fail
+from hf_tiered_cache.commands.plan import plan
 from hf_tiered_cache.commands.serve import serve
 from hf_tiered_cache.commands.store import store
 from hf_tiered_cache.commands.trace import trace
@@ -73,7 +74,7 @@ def commands(
     """Look at the tiered KV cache on your own machine and with your own model."""
 
 
-for command in (env, verify, bench, trace, serve):
+for command in (env, plan, verify, bench, trace, serve):
     app.command()(command)
 
 app.add_typer(store, name="store", cls=Commands)

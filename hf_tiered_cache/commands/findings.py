@@ -20,9 +20,9 @@ from hf_tiered_cache.config import (
 )
 from hf_tiered_cache.errors import ConfigError, KernelUnavailableError, TierIOError
 from hf_tiered_cache.evaluation.environment import processor
-from hf_tiered_cache.evaluation.rates import disk_rates, memory_read_rate
 from hf_tiered_cache.evaluation.versions import package_version
 from hf_tiered_cache.kernels import loader
+from hf_tiered_cache.planner.rates import disk_rates, memory_read_rate
 from hf_tiered_cache.sizes import format_bytes
 from hf_tiered_cache.tiers.disk.block_file import BlockFile
 from hf_tiered_cache.tiers.disk.movers import moving_core

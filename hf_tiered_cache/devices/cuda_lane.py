@@ -28,21 +28,30 @@ class CudaMark:
     def __init__(self, event: torch.cuda.Event, loads: torch.cuda.Stream) -> None:
         self._event = event
         self._loads = loads
+        self._holds_them = False
 
     def hold_loads(self) -> None:
-        """Let the loads that the lane is given from now on come after this moment."""
-        self._loads.wait_event(self._event)
+        """Let the loads that the lane is given from now on come after this moment: once is enough,
+        for loads keep their order."""
+        if not self._holds_them:
+            self._loads.wait_event(self._event)
+            self._holds_them = True
 
 
 class CudaTransfer(Transfer):
-    """A copy that ends with an event."""
+    """A copy that ends with an event. `number`: of the copies of a stream, which keep their order;
+    that of a later one is larger."""
 
-    __slots__ = ("_end", "_lane")
+    __slots__ = ("_end", "_lane", "_number", "_stream")
 
-    def __init__(self, lane: "CudaLane", end: torch.cuda.Event) -> None:
+    def __init__(
+        self, lane: "CudaLane", end: torch.cuda.Event, stream: torch.cuda.Stream, number: int
+    ) -> None:
         super().__init__()
         self._lane = lane
         self._end = end
+        self._stream = stream
+        self._number = number
 
     def is_ready(self) -> bool:
         """Whether the copy is done."""
@@ -56,6 +65,14 @@ class CudaTransfer(Transfer):
             self._end.synchronize()
             self.end_part()
         super().wait()
+
+    def ends_after(self, other: Transfer) -> bool:
+        """Whether `other` is a copy of the same stream, and not a later one."""
+        return (
+            isinstance(other, CudaTransfer)
+            and other._stream is self._stream
+            and other._number <= self._number
+        )
 
     def hold_device(self) -> None:
         """Let what the current stream is given from now on come after the copy."""
@@ -75,6 +92,7 @@ class CudaLane:
         self._stores = torch.cuda.Stream(device)
         self._core = core
         self._counters = LaneCounters()
+        self._numbers = itertools.count()  # of the copies
         self._busy, self._waits = CudaClock(), CudaClock()
 
     def carries(self, block: torch.Tensor) -> bool:
@@ -220,9 +238,8 @@ class CudaLane:
         return self._transfer(stream, begin)
 
     def _transfer(self, stream: torch.cuda.Stream, begin: torch.cuda.Event | None) -> Transfer:
-        if begin is None:
-            return CudaTransfer(self, stream.record_event())
-        return CudaTransfer(self, self._busy.end(begin, stream))
+        end = stream.record_event() if begin is None else self._busy.end(begin, stream)
+        return CudaTransfer(self, end, stream, next(self._numbers))
 
     def _current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)

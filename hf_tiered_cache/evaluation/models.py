@@ -24,8 +24,8 @@ from hf_tiered_cache.evaluation.names import (
     check_model,
     not_loaded,
 )
-from hf_tiered_cache.evaluation.rates import matmul_slowdown
 from hf_tiered_cache.integration import attention
+from hf_tiered_cache.planner.rates import matmul_slowdown
 
 # Times float32's from which on half precision is no user's choice but this machine's lack.
 SLOW_MATMUL = 3

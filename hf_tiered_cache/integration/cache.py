@@ -31,7 +31,7 @@ from hf_tiered_cache.errors import (
     ConfigError,
     UnsupportedInputError,
 )
-from hf_tiered_cache.integration import attention, forwards, saved, untiered
+from hf_tiered_cache.integration import attention, forwards, planning, saved, untiered
 from hf_tiered_cache.integration.cache_layers import (
     OwnedTables,
     TieredHybridLayer,
@@ -45,6 +45,7 @@ from hf_tiered_cache.integration.savepoint import Savepoint
 from hf_tiered_cache.integration.stored_prefix import StoredPrefix, one_row, restore_layers
 from hf_tiered_cache.kernels import ops
 from hf_tiered_cache.observe.metrics import CacheStats, Counters, SpeculationCounters
+from hf_tiered_cache.planner.prediction import Plan
 from hf_tiered_cache.sizes import AUTO
 from hf_tiered_cache.store.block_store import BlockStore
 
@@ -76,8 +77,8 @@ class TieredCache(DynamicCache):
             "module:Class", with their bytes (docs/extending.md).
         packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of
             your own as "module:Class" (docs/extending.md), "auto": "bf16_12bit" for bfloat16.
-        demotion: which blocks leave a rung first: "by_age", or a policy of your own as
-            "module:Class" (docs/extending.md).
+        demotion: which blocks leave a rung first: "by_age", "sinks_and_recent" (for `speculate`),
+            or a policy of your own as "module:Class" (docs/extending.md).
         attend: what attention reads: "all", or approximately "resident_only" (what is on the
             device, without loads), or a selection policy of your own (docs/extending.md).
         store: a `BlockStore`: `restore` finds prefixes there, `publish` puts full blocks there
@@ -589,6 +590,24 @@ class TieredCache(DynamicCache):
         """Whether `close()` was called; there is no way back."""
         return self._owned.is_closed
 
+    def plan(
+        self, model: PreTrainedModel, context: int | None = None, *, chunk: int = planning.CHUNK
+    ) -> Plan:
+        """Predict, by rates measured now in some seconds, how fast `model` prefills and decodes
+        behind `context` tokens (default: those held) with the budgets of this cache, which is not
+        touched. `print(describe(plan))`: `hf_tiered_cache.planner.report`.
+
+        chunk: tokens of a prefill forward. Raises OutOfBlocksError for a context that would not
+        fit, ConfigError for budgets that are not to be had a second time, UnsupportedInputError for
+        a model that cannot be planned for, or where the cache is empty and no context is given.
+        """
+        self._check_open()
+        context = context or self.get_seq_length()
+        if not context:
+            raise UnsupportedInputError("an empty cache: give plan(model, context=...) in tokens")
+        batch = self._num_rows() or 1
+        return planning.plan_for(model, self._owned.pool.config, context, batch=batch, chunk=chunk)
+
     def stats(self) -> CacheStats:
         """What lies where and what it cost so far: a frozen snapshot."""
         self._guard.settle()
@@ -614,6 +633,12 @@ class TieredCache(DynamicCache):
             is_exact=self._owned.selection.is_exact,
             speculation=replace(self.speculation),
         )
+
+    @property
+    def begins_cold(self) -> bool:
+        """Whether the first block of some layer has left the device."""
+        rows = (row for table in self._owned.tables for row in table.rows if row)
+        return any(not row[0].is_resident for row in rows)
 
     def counters(self) -> Counters:
         """The running totals alone; `stats()` has them too, and looks through all blocks."""

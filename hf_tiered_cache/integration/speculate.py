@@ -57,6 +57,12 @@ from hf_tiered_cache.observe.tracing import DRAFT, VERIFY
 
 logger = logging.get_logger(__name__)
 
+NO_SINKS = (
+    "speculate: the first tokens of the text are not on the device, and guesses made without them"
+    " are often wrong (the tokens are right all the same):"
+    " TieredCache(demotion='sinks_and_recent') keeps them there"
+)
+
 LOOKUP_TOKENS = 3  # that must have stood somewhere before, for what followed them to be tried
 
 # Processors that keep nothing from one call to the next, so that guesses may pass through them too.
@@ -154,8 +160,8 @@ def _why_plain(
     mode: GenerationMode,
     model_kwargs: dict[str, Any],
 ) -> str:
-    """Why this is not speculated; empty if it is. Raises UnsupportedInputError for what transformers
-    itself cannot do any more without code from its hub."""
+    """Why this is not speculated; empty if it is. Raises UnsupportedInputError for what
+    transformers itself cannot do any more without code from its hub."""
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         name = mode.name.replace("_", " ").lower()
         if "/" in GENERATION_MODES_MAPPING[mode]:
@@ -291,6 +297,8 @@ class _Speculation:
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         del outputs  # its logits may be those of the whole prompt
         self._cache.activate_past_recording()  # windows and linear states can go back from now on
+        if self._cache.begins_cold and self._draft_tokens != 0:
+            logger.warning_once(NO_SINKS)
         while not text.is_finished:
             self._pass()
 

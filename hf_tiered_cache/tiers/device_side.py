@@ -249,11 +249,12 @@ class DeviceSideMemoryTier(DeviceSideTier):
     def load(self, slots: Sequence[int], memory: Tier, targets: Sequence[int]) -> Transfer:
         """Load blocks into slots of a tier in memory, in one copy where they lie in pinned memory;
         see `Tier.load`."""
-        if not slots or not self._lane.carries(memory.slab) or not self._are_pinned(slots):
+        target = memory.slab
+        if not slots or not self._lane.carries(target) or not self._are_pinned(slots):
             return super().load(slots, memory, targets)
         self.check_allocated(slots)
         self._end_writes(slots)
-        transfer = self._lane.load_rows(self.slab, slots, memory.slab, targets)
+        transfer = self._lane.load_rows(self.tier.slab, slots, target, targets)
         self._loads.update(dict.fromkeys(slots, transfer))
         return transfer
 

@@ -65,12 +65,11 @@ class HostTier(MemoryTier, name="host"):
         self._mapping, slab = virtual_slab(max_slots, block_bytes, budget.knob)
         self._slab = slab
         self._growth = _Growth(slab, pinning, frozenset(near))
-        slab_bytes = min(slab_bytes, budget.limit_bytes // SLABS_PER_BUDGET)
         self._pool = SlotPool(
             block_bytes,
             budget,
             self.name,
-            step_slots=max(1, slab_bytes // block_bytes),
+            step_slots=self.step_slots(block_bytes, budget.limit_bytes, slab_bytes),
             commit=self._growth.begin,
         )
         self._finalizer = weakref.finalize(self, in_finalizer, _shut_down, self._growth, self._pool)
@@ -81,6 +80,11 @@ class HostTier(MemoryTier, name="host"):
         if around.pinning is None and budget.is_auto:
             return None
         return cls(block_bytes, budget, pinning=around.pinning, near=around.cpus_near)
+
+    @classmethod
+    def step_slots(cls, block_bytes: int, limit_bytes: int, slab_bytes: int = SLAB_BYTES) -> int:
+        """How many blocks a slab holds, of such a budget."""
+        return max(1, min(slab_bytes, limit_bytes // SLABS_PER_BUDGET) // block_bytes)
 
     @property
     def where(self) -> str:

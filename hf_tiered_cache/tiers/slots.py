@@ -9,6 +9,18 @@ from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.tiers.base import Budget
 
 
+def committed_slots(num_used: int, step_slots: int, max_slots: int, grows_ahead: bool) -> int:
+    """How many slots a pool that is alone on its budget has committed when it first has `num_used`
+    (at most `max_slots`) handed out. grows_ahead: it was told to after each of them."""
+    if num_used == 0:
+        return 0
+    spare = step_slots // 2 if grows_ahead else 0
+    whole_steps = max_slots // step_slots * step_slots
+    if num_used > whole_steps:
+        return max_slots
+    return min(whole_steps, -(-(num_used + spare) // step_slots) * step_slots)
+
+
 class SlotPool:
     """Hands out slots `[0, committed)` lowest first, and commits more of them as the budget allows.
 

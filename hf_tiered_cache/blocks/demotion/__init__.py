@@ -3,5 +3,6 @@ can be asked for by name."""
 
 from hf_tiered_cache.blocks.demotion.base import DemotionPolicy
 from hf_tiered_cache.blocks.demotion.by_age import ByAge
+from hf_tiered_cache.blocks.demotion.sinks_and_recent import SinksAndRecent
 
-__all__ = ["ByAge", "DemotionPolicy"]
+__all__ = ["ByAge", "DemotionPolicy", "SinksAndRecent"]

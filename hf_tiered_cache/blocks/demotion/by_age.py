@@ -18,7 +18,7 @@ class ByAge(DemotionPolicy, name="by_age"):
         """The oldest block of a layer, or of those of it with a copy below, if there are such."""
         dirty, clean = waiting.dirty, waiting.clean
         heads = [
-            _oldest(clean[layer]) or _oldest(dirty[layer])
+            self._oldest(clean[layer]) or self._oldest(dirty[layer])
             for layer in dirty
             if clean[layer] or (may_store and dirty[layer])
         ]
@@ -27,11 +27,12 @@ class ByAge(DemotionPolicy, name="by_age"):
     def next_to_store(self, waiting: Waiting) -> KVBlock | None:
         """The oldest dirty block of a layer."""
         dirty = waiting.dirty
-        return _next(map(_oldest, dirty.values()), waiting.rung, lambda layer: len(dirty[layer]))
+        heads = map(self._oldest, dirty.values())
+        return _next(heads, waiting.rung, lambda layer: len(dirty[layer]))
 
-
-def _oldest(queue: Iterable[KVBlock]) -> KVBlock | None:
-    return next(iter(queue), None)
+    @staticmethod
+    def _oldest(queue: Iterable[KVBlock]) -> KVBlock | None:
+        return next(iter(queue), None)
 
 
 def _next(

@@ -88,12 +88,11 @@ class DiskTier(Tier, name="disk"):
             self._first_direct_slot = 0
         else:
             self._first_direct_slot = page_cache_bytes // self.record_bytes
-        step_bytes = min(STEP_BYTES, budget.limit_bytes // STEPS_PER_BUDGET)
         pool = SlotPool(
             record_bytes := self.record_bytes,
             budget,
             self.name,
-            step_slots=max(1, step_bytes // record_bytes),
+            step_slots=self.step_slots(record_bytes, budget.limit_bytes),
             commit=lambda start, stop: reserve_records(file, start, stop, record_bytes),
         )
         self._table: RecordTable[RecordsJob] = RecordTable(pool)
@@ -124,6 +123,11 @@ class DiskTier(Tier, name="disk"):
         if around.codec is None:
             return make(None)
         return EncodedTier(make(around.codec), lambda: make(None))
+
+    @classmethod
+    def step_slots(cls, record_bytes: int, limit_bytes: int) -> int:
+        """For how many records disk space is reserved at a time, of such a budget."""
+        return max(1, min(STEP_BYTES, limit_bytes // STEPS_PER_BUDGET) // record_bytes)
 
     def allocate(self) -> int | None:
         """A slot; see `Tier.allocate`. Raises TierIOError when the disk is full."""

@@ -103,7 +103,7 @@ def test_knobs_take_bytes_words_and_auto(knobs, expected):
         ({"block_tokens": "16"}, "block_tokens='16'"),
         (
             {"demotion": "by_size"},
-            "unknown demotion policy 'by_size'; known: by_age, sinks_and_recent",
+            "unknown demotion policy 'by_size'; known: by_age",
         ),
         ({"extra_tiers": {"disk": "auto"}}, """extra_tiers['disk']="auto": expected int bytes"""),
         ({"extra_tiers": {"tape": -1}}, "extra_tiers['tape']=-1: expected int bytes >= 0"),

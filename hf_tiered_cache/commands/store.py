@@ -17,7 +17,6 @@ from hf_tiered_cache.commands.manners import (
     table,
 )
 from hf_tiered_cache.sizes import AUTO, format_bytes
-from hf_tiered_cache.store.block_store import BlockStore, Listed
 
 Root = Annotated[Path, typer.Argument(help="The store's folder.", exists=True, file_okay=False)]
 Key = Annotated[str, typer.Argument(help="The block's key, or its first digits.")]
@@ -26,7 +25,14 @@ Json = options.Json
 store = typer.Typer(no_args_is_help=True, help="Stored blocks: list, verify, clean up, warm.")
 
 
-def _find(opened: BlockStore, key: str) -> Listed:
+def _opened(root: Path, **knobs: Any) -> Any:
+    """The folder as a `BlockStore`; its module is loaded only now, so that `--help` is quick."""
+    from hf_tiered_cache.store.block_store import BlockStore
+
+    return BlockStore(root, **knobs)
+
+
+def _find(opened: Any, key: str) -> Any:
     """The one block whose key begins like that. Raises MistakeError."""
     found = [listed for listed in opened.ls() if listed.key.startswith(key.lower())]
     if len(found) != 1:
@@ -44,7 +50,7 @@ def _seconds(nanoseconds: int) -> str:
 @command
 def ls(root: Root, as_json: Json = False) -> None:
     """Every block: key, model, number in its sequence, tokens, bytes, when it came."""
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         blocks = sorted(opened.ls(), key=lambda it: (it.space, it.number, it.created_ns))
     if as_json:
         print_json([asdict(block) for block in blocks])
@@ -68,7 +74,7 @@ def ls(root: Root, as_json: Json = False) -> None:
 @command
 def inspect(root: Root, key: Key, as_json: Json = False) -> None:
     """One block: what its header says, layer by layer."""
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         listed = _find(opened, key)
         block = opened.open(bytes.fromhex(listed.space), bytes.fromhex(listed.key))
         check(block is not None, f"{key}: it is gone, or damaged (store verify)")
@@ -96,7 +102,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte and compare it with its checksum. Exit code 1 where one differs."""
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         damaged = list(opened.verify(repair))
         total = opened.stats().blocks
     if as_json:
@@ -120,7 +126,7 @@ def gc(
 ) -> None:
     """Make the index anew, remove what killed writers left, what is in quarantine, and what is too
     much."""
-    with BlockStore(root, capacity_bytes=capacity_bytes) as opened:
+    with _opened(root, capacity_bytes=capacity_bytes) as opened:
         removed = opened.gc()
     _say(removed, as_json)
 
@@ -134,7 +140,7 @@ def pin(
     as_json: Json = False,
 ) -> None:
     """Keep a block, and those before it, from being evicted."""
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         listed = _find(opened, key)
         if remove:
             was_pinned = opened.unpin(bytes.fromhex(listed.key))
@@ -153,7 +159,7 @@ def purge(
 ) -> None:
     """Remove every block, pinned ones too."""
     check(yes, "purge removes every block: say --yes")
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         removed = opened.purge()
     _say({"removed": removed}, as_json)
 
@@ -162,7 +168,7 @@ def purge(
 @command
 def stats(root: Root, as_json: Json = False) -> None:
     """How many blocks there are, and how much room they take."""
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         found = opened.stats()
     if as_json:
         print_json(asdict(found))
@@ -191,7 +197,7 @@ def warm(
     from hf_tiered_cache.integration.warm import warm as put
 
     loaded = load_model(model, dtype, choose_device(device))
-    with BlockStore(root) as opened:
+    with _opened(root) as opened:
         num_tokens = put(
             opened, loaded, load_tokenizer(model), file, pin=pin, block_tokens=block_tokens
         )

@@ -17,8 +17,9 @@ demo: $(BUILT)
 		$(if $(PROMPT),--prompt $(PROMPT)) $(if $(TOKENS),--new-tokens $(TOKENS)) \
 		$(if $(CHUNK),--chunk $(CHUNK))
 
+# A process for each processor, and a file of tests in one of them.
 test: $(BUILT) lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m "slow or not slow"

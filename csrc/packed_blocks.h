@@ -1,22 +1,21 @@
 // Blocks of bfloat16 in 12 bits a value, losslessly: where the parts of an encoded block lie. What
 // it means is hf_tiered_cache/tiers/codecs/bf16_12bit.py.
 //
-// Rotated left by one bit, a bfloat16 is its exponent (upper byte), and its mantissa and sign (lower
-// byte). The values of one channel of one head differ little in their exponents, so four bits count
-// from a base of the channel down to the exponent; what they do not reach is an exception. Encoded,
-// a plane (one head's keys or values, `values` = tokens x dim of them, channel = index % dim) is
+// The lower byte of a bfloat16 (the last bit of its exponent, and its mantissa) is kept as it is. Of
+// the upper byte, a sign and seven bits, four bits are kept: the sign, and how far the rest is below
+// a base of its channel, from 0 to 7. Values further away are exceptions. Encoded, a plane (one
+// head's keys or values, `values` = tokens x dim of them, channel = index % dim) is
 //
-//     low bytes    [values]      mantissa << 1 | sign
-//     codes        [values / 2]  of 32 values 16 bytes: value i in the lower half of byte i, value
-//                                16 + i in the upper one; 15: the exponent is 0, else it is
-//                                base - code
+//     lower bytes  [values]
+//     codes        [values / 2]  sign << 3 | (base - upper); of 32 values 16 bytes: value i in the
+//                                lower half of byte i, value 16 + i in the upper half
 //     bases        [dim]
 //     count        uint16        of exceptions, then
 //     indices      uint16 [most] ascending; those that are not used are 0
 //     words        uint16 [most] the values that stand at these indices
 //
-// with `values` rounded up to a multiple of 32, padded to 64 bytes. A block is its planes in the
-// order of a raw one: the keys of every head, then the values.
+// with `values` rounded up to a multiple of 32 (by zeros), padded to 64 bytes. A block is its planes
+// in the order of a raw one: the keys of every head, then the values.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +31,10 @@ namespace hf_tiered_cache {
 constexpr int64_t kPackedGroup = 32;         // values whose codes are interleaved
 constexpr int64_t kMostPackedValues = 65536;  // of a plane: an index is 16 bits
 constexpr int64_t kMostPackedDim = 1024;
-constexpr int kZeroCode = 15;
+constexpr int kReach = 8;  // upper bytes that a base reaches
 
 struct PackedPlane {
-  int64_t codes;       // offsets from the plane's start; the low bytes come first
+  int64_t codes;       // offsets from the plane's start; the lower bytes come first
   int64_t bases;
   int64_t exceptions;  // the count, then indices and words
   int64_t most;        // exceptions that there is room for

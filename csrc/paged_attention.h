@@ -14,7 +14,7 @@ namespace hf_tiered_cache {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Blocks of one layer: [K then V][kv_heads][block_tokens][head_dim] at blocks + slot * slot_bytes.
-// Where a table that is attended has ~slot, the block there is encoded (packed_blocks.h).
+// Where some may be packed, a table that is attended has ~slot for a block that is (packed_blocks.h).
 struct BlockView {
   const uint8_t* blocks;
   int64_t slot_bytes;
@@ -26,6 +26,7 @@ struct BlockView {
   const int32_t* table;  // [batch][table_stride], num_columns used
   int64_t table_stride;
   int64_t num_columns;
+  bool may_be_packed;
 };
 
 // Unnormalised attention so far, all contiguous; null when the call is one shot.

@@ -51,9 +51,9 @@ struct View {
 };
 
 inline View block_view(const py::tuple& arguments) {
-  const auto n = integers<12>(arguments);
+  const auto n = integers<13>(arguments);
   return {{pointer<const uint8_t>(n[0]), n[1], n[2], n[3], n[4], n[5], n[6],
-           pointer<const int32_t>(n[8]), n[9], n[10]},
+           pointer<const int32_t>(n[8]), n[9], n[10], n[12] != 0},
           n[7],
           n[11]};
 }

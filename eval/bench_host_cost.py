@@ -3,11 +3,11 @@
     python eval/bench_host_cost.py
     python eval/bench_host_cost.py --profile
 
-32 layers update and attend, as a decode step does, behind contexts of 32K and 128K tokens whose
-blocks (256 tokens each, made small, for no byte matters here) lie partly in host memory. Loads are
-never ready when they are asked for, which costs the host most. Printed: thread CPU time for a token
-and, for each layer, the calls of Python and of CUDA. The calls are the same on every machine; tests
-hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same tokens.
+A model whose 32 layers update and attend and do nothing else decodes behind contexts of 32K and 128K
+tokens whose blocks (256 tokens each, made small, for no byte matters here) lie partly in host memory.
+Loads are never ready when they are asked for, which costs the host most. Printed: thread CPU time
+for a token and, for each layer, the calls of Python and of CUDA. The calls are the same on every
+machine; tests hold them (tests/test_host_cost.py). `DynamicCache` with sdpa does the same tokens.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_tiered_cache import TieredCache, tiered_attention_forward
 from hf_tiered_cache.devices import CpuDevice, Device, in_place
 from hf_tiered_cache.devices.cuda_lane import CudaFlags, CudaLane
 from hf_tiered_cache.devices.in_place import InPlaceAttention
-from hf_tiered_cache.kernels import loader, ops
+from hf_tiered_cache.kernels import cores, loader, ops
 from hf_tiered_cache.kernels.cores import CudaCore
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import DeviceTier
@@ -207,12 +207,13 @@ class StubGpu:
 
         StubEvent.calls = self.calls
         stream = StubStream()
-        kernel = loader.Kernel("stub", CudaCore(core, lambda _: (0, 7)))  # type: ignore[arg-type]
+        kernel = loader.Kernel("stub", CudaCore(core))  # type: ignore[arg-type]
         with ExitStack() as stack:
             for target, name, stub in (
                 (torch.cuda, "Stream", StubStream),
                 (torch.cuda, "Event", StubEvent),
                 (torch.cuda, "current_stream", lambda _=None: stream),
+                (cores, "_raw_stream", abs),  # no call of Python, as torch's is none
                 (in_place, "AttentionWorker", StubWorker),
                 (DeviceTier, "__init__", noted),
             ):
@@ -224,13 +225,30 @@ class StubGpu:
 
 
 class Attention(torch.nn.Module):
-    """What an attention function wants to know of its layer."""
+    """A layer that attends: what an attention function wants to know of it."""
 
     is_causal = True
     num_key_value_groups = HEADS // KV_HEADS
 
+    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
 
-MODULE = Attention().eval()
+
+class Decoder(PreTrainedModel):
+    """A model of nothing but cache and attention: its call is a forward, as a model's is."""
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.attentions = [Attention(self.config, layer).eval() for layer in range(LAYERS)]
+
+    def forward(self, past_key_values: Cache, attend: Callable[..., Any]) -> None:
+        for layer, attention in enumerate(self.attentions):
+            states = past_key_values.update(KEYS, VALUES, layer)
+            attend(attention, QUERY, *states, None, scaling=0.1)
+
+
+MODEL = Decoder().eval()
 QUERY = torch.randn(1, HEADS, 1, HEAD_DIM)
 KEYS, VALUES = torch.randn(2, 1, KV_HEADS, 1, HEAD_DIM).unbind(0)
 
@@ -261,25 +279,28 @@ def filled(case: Case) -> TieredCache:
 def token(cache: Cache, attend: Callable[..., Any] = tiered_attention_forward) -> float:
     """Thread CPU seconds of one token."""
     start = thread_time()
-    for layer in range(LAYERS):
-        states = cache.update(KEYS, VALUES, layer)
-        attend(MODULE, QUERY, *states, None, scaling=0.1)
+    MODEL(past_key_values=cache, attend=attend)
     return thread_time() - start
 
 
-@torch.no_grad()
-def calls_per_layer(case: Case) -> dict[str, float]:
-    """Of Python's functions and of CUDA, for a layer and token; the same on every machine."""
+@contextmanager
+def decoding(case: Case) -> Iterator[tuple[StubGpu, TieredCache]]:
+    """A cache that has decoded some tokens and whose loads are late from here on."""
     gpu = StubGpu()
-    with gpu.plugged_in(), filled(case) as cache:
+    with torch.no_grad(), gpu.plugged_in(), filled(case) as cache:
         for _ in range(3):
             token(cache)
         with patch.object(StubEvent, "is_late", True):
             token(cache)
-            gpu.calls.clear()
-            token(cache)
-            counted = dict(gpu.calls)
-            counted["Python calls"] = python_calls(lambda: token(cache))
+            yield gpu, cache
+
+
+def calls_per_layer(gpu: StubGpu, cache: TieredCache) -> dict[str, float]:
+    """Of Python's functions and of CUDA, for a layer and token; the same on every machine."""
+    gpu.calls.clear()
+    token(cache)
+    counted = dict(gpu.calls)
+    counted["Python calls"] = python_calls(lambda: token(cache))
     return {name: count / LAYERS for name, count in sorted(counted.items())}
 
 
@@ -303,24 +324,21 @@ def python_calls(work: Callable[[], object]) -> int:
     return calls
 
 
-@torch.no_grad()
-def milliseconds(case: Case, rounds: int, profile: bool) -> tuple[float, float]:
+def milliseconds(cache: TieredCache, rounds: int) -> tuple[float, float]:
     """Thread CPU time of a token, and that of `DynamicCache` in turn with it."""
     ours, theirs = [], []
     dynamic = DynamicCache()
-    with StubGpu().plugged_in(), filled(case) as cache:
-        for _ in range(3):
-            token(cache)
-            token(dynamic, sdpa_attention_forward)
-        with patch.object(StubEvent, "is_late", True):
-            for _ in range(rounds):
-                ours.append(token(cache))
-                theirs.append(token(dynamic, sdpa_attention_forward))
-            if profile:
-                recorded = cProfile.Profile()
-                recorded.runcall(token, cache)
-                pstats.Stats(recorded).sort_stats("tottime").print_stats(25)
+    for _ in range(rounds):
+        ours.append(token(cache))
+        theirs.append(token(dynamic, sdpa_attention_forward))
     return median(ours) * 1e3, median(theirs) * 1e3
+
+
+def print_profile(cache: TieredCache) -> None:
+    """Where the time of a token goes."""
+    recorded = cProfile.Profile()
+    recorded.runcall(token, cache)
+    pstats.Stats(recorded).sort_stats("tottime").print_stats(25)
 
 
 def main() -> None:
@@ -328,11 +346,14 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{benchmarking.environment()['processor']}, {LAYERS} layers, milliseconds for a token")
     for case in CASES:
-        ours, theirs = milliseconds(case, arguments.rounds, arguments.profile)
+        with decoding(case) as (gpu, cache):
+            ours, theirs = milliseconds(cache, arguments.rounds)
+            counted = calls_per_layer(gpu, cache)
+            if arguments.profile:
+                print_profile(cache)
         bar = case.bar * theirs if case.share == 0 else case.bar
         verdict = "reached" if ours <= bar else "MISSED"
         print(f"{case.name:<28}{ours:6.1f}  bar {bar:4.1f}  {verdict:<8} DynamicCache {theirs:.1f}")
-        counted = calls_per_layer(case)
         shown = ", ".join(f"{name} {count:.1f}" for name, count in counted.items())
         print(f"    for each layer: {shown}")
 

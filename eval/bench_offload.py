@@ -84,6 +84,7 @@ def make_cache(arguments: argparse.Namespace, folder: str, share_on_disk: float)
         disk_dir=folder,
         disk_io="direct",
         staging_bytes=STAGING_BLOCKS * BLOCK_BYTES,
+        packing="none",  # the bare reader reads as many bytes; packed: bench_packing.py
     )
     for first in range(0, arguments.context, 1024):
         for layer in range(arguments.layers):

@@ -28,9 +28,9 @@ Request = list[bytes]
 
 def read_trace(path: Path) -> list[Request]:
     """The blocks of each request, as keys."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        return [[str(one).encode() for one in json.loads(line)["hash_ids"]] for line in lines]
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()
+    return [[str(one).encode() for one in json.loads(line)["hash_ids"]] for line in lines]
 
 
 def prefix_hits(requests: Sequence[Request], policy: str, num_blocks: int) -> float:

@@ -48,7 +48,6 @@ from hf_tiered_cache.evaluation.standard_library import held_out_files, read_fil
 import benchmarking
 import corpora
 import plots
-from losing import without_cold_blocks
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 TASKS = ("needle", "keys", "variables")
@@ -169,7 +168,7 @@ def ask(
         stats = tiered.stats()
         cold_tokens = stats.cold_blocks // stats.num_layers * stats.block_tokens
         fact_tokens = encode(tokenizer, question.text.encode()[: question.fact_end].decode())
-        with deepcopy(tiered) as fork, without_cold_blocks():
+        with deepcopy(tiered) as fork, fork.attending("resident_only"):
             dropped = follow(model, tokenizer, fork, ids, question)
         said = [follow(model, tokenizer, cache, ids, question) for cache in (dynamic, tiered)]
     return Answer(

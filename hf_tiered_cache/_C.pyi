@@ -81,6 +81,13 @@ def append(
     """Write new tokens into their blocks. Raises ValueError for a slot outside the slab, before
     anything is written."""
 
+def pack(kernel: int, shape: tuple[int, int, int, int], raw: int, packed: int, /) -> bool:
+    """Pack a block of bfloat16 of `shape` (kv_heads, block_tokens, key_dim, value_dim); False, and
+    what is at `packed` is undefined, if it cannot be. Raises ValueError for a shape that cannot."""
+
+def unpack(kernel: int, shape: tuple[int, int, int, int], packed: int, raw: int, /) -> None:
+    """Unpack what `pack` packed."""
+
 class AttentionJob:
     """Attend `views` one after the other into `state`, which is begun anew, once the word at
     `ready` is raised to `value`; then raise the word at `done`. All memory must stay until
@@ -137,6 +144,8 @@ END_OF_FILE: Final[int]
 """`Move.error`: nothing more came through."""
 CANCELLED: Final[int]
 """`Move.error`: its turn never came, or a move that it had to follow failed."""
+UNPACKABLE: Final[int]
+"""`Move.error`: a record that was to be packed cannot be; nothing was written."""
 
 class Move:
     """Consecutive records to be moved between memory and a file. Their memory must stay until
@@ -152,14 +161,17 @@ class Move:
         addresses: Sequence[int],
         is_direct: bool,
         after: Sequence[Move],
+        packing: tuple[int, tuple[int, int, int, int], int] | None = None,
     ) -> None:
-        """after: moves that end before this one begins; they were submitted before it."""
+        """after: moves that end before this one begins; they were submitted before it. packing:
+        (kernel, shape, bytes of a record in the file) of what `pack` does on the way; None: the
+        file has the bytes of memory."""
 
     @property
     def is_done(self) -> bool: ...
     @property
     def error(self) -> int:
-        """0, an errno, END_OF_FILE or CANCELLED."""
+        """0, an errno, END_OF_FILE, CANCELLED or UNPACKABLE."""
 
     @property
     def error_offset(self) -> int:

@@ -31,6 +31,8 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read; a test compares
     from hf_tiered_cache.integration.cache import TieredCache
     from hf_tiered_cache.integration.progress import generation_progress
     from hf_tiered_cache.integration.reuse import Reuse, reuse
+    from hf_tiered_cache.integration.speculate import speculate, speculating
+    from hf_tiered_cache.integration.warm import warm
     from hf_tiered_cache.kernels.ops import available_kernels
     from hf_tiered_cache.observe.metrics import CacheStats
     from hf_tiered_cache.observe.tracing import Trace, trace
@@ -62,8 +64,11 @@ __all__ = [
     "enable",
     "generation_progress",
     "reuse",
+    "speculate",
+    "speculating",
     "tiered_attention_forward",
     "trace",
+    "warm",
 ]
 
 # Where a public name that is not here yet is loaded from.
@@ -80,8 +85,11 @@ _ROOMS = {
     "disable": "integration.attention",
     "enable": "integration.attention",
     "generation_progress": "integration.progress",
+    "speculate": "integration.speculate",
+    "speculating": "integration.speculate",
     "tiered_attention_forward": "integration.attention",
     "trace": "observe.tracing",
+    "warm": "integration.warm",
 }
 
 

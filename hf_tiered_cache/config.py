@@ -19,6 +19,7 @@ from hf_tiered_cache.errors import ConfigError
 from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
 
 DIRECTORY_VARIABLE = "HF_TIERED_CACHE_DIR"
+NO_PACKING = "none"
 DISK_IO_MODES = ("auto", "direct", "buffered")
 MIN_BLOCK_TOKENS = 4
 
@@ -59,8 +60,14 @@ class TieredCacheConfig:
     cpu_share: float | str = AUTO
     # Tiers of your own between host memory and disk, by name or "module:Class", with their bytes.
     extra_tiers: Mapping[str, int | str] | None = None
+    # What blocks are encoded with on disk: "none", an exact codec by name or as "module:Class"; or
+    # "auto": bfloat16 as "bf16_12bit" where compiled kernels run, anything else as it is.
+    packing: str = AUTO
     # Which blocks leave a rung first: the name of a demotion policy, or "module:Class".
     demotion: str = "by_age"
+    # What attention reads: "all", or the name of another selection policy, which is approximate
+    # ("resident_only": what is on the device), or "module:Class".
+    attend: str = "all"
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "disk_bytes", "staging_bytes"):
@@ -72,10 +79,13 @@ class TieredCacheConfig:
         if self.disk_io not in DISK_IO_MODES:
             raise ConfigError(f"disk_io={self.disk_io!r}: expected one of {DISK_IO_MODES}")
         object.__setattr__(self, "extra_tiers", _parse_tiers(self.extra_tiers))
-        if not isinstance(self.demotion, str):
-            raise ConfigError(
-                f'demotion={self.demotion!r}: expected a name such as "by_age", or "module:Class"'
-            )
+        examples = {"demotion": "by_age", "packing": "bf16_12bit", "attend": "all"}
+        for name, example in examples.items():
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: expected a name such as"
+                    f' "{example}", or "module:Class"'
+                )
         tokens = self.block_tokens
         if tokens is not None and (
             not isinstance(tokens, int) or tokens < MIN_BLOCK_TOKENS or tokens & (tokens - 1)

@@ -1,5 +1,5 @@
-"""Transfers: reads and writes that were started, alone (`Transfer`), one behind the other (`Then`)
-or side by side (`AllOf`)."""
+"""Transfers: reads and writes that were started, alone (`Transfer`), one behind the other (`Then`),
+one in another's place (`OrElse`) or side by side (`AllOf`)."""
 
 import contextlib
 import os
@@ -179,8 +179,7 @@ class Then(Transfer):
         error: TierIOError | None = None
         try:
             if self._second is None:
-                self._first.wait()
-                self._second = self._begin_second()
+                self._second = self._after_first()
                 if not self._second.is_ready():
                     return
             self._second.wait()
@@ -191,6 +190,31 @@ class Then(Transfer):
             error.__cause__ = failure
         self.end_part(error)
         self._begin_second = _already_begun  # memory that the other one knew is held no more
+
+
+    def _after_first(self) -> Transfer:
+        """The second transfer, begun now that the first has ended."""
+        self._first.wait()
+        return self._begin_second()
+
+
+class OrElse(Then):
+    """A transfer, and another one in its place where it fails with `code`."""
+
+    __slots__ = ("_code",)
+
+    def __init__(self, first: Transfer, code: int, begin_second: Callable[[], Transfer]) -> None:
+        super().__init__(first, begin_second)
+        self._code = code
+
+    def _after_first(self) -> Transfer:
+        try:
+            self._first.wait()
+        except TierIOError as failure:
+            if failure.errno != self._code:
+                raise
+            return self._begin_second()
+        return DONE
 
 
 def _already_begun() -> Transfer:

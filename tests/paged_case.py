@@ -72,7 +72,7 @@ class PagedCase:
     def attend(self, **changes: object) -> ops.AttentionState:
         """`paged_attention` over the whole table; changes of the query, the view, the call."""
         query = changes.pop("query", self.query)
-        of_view = _taken(changes, "blocks", "table", "first_token")
+        of_view = _taken(changes, "blocks", "table", "first_token", "codec")
         how = _taken(changes, "out", "return_lse")
         return ops.paged_attention(query, self.view(**of_view), self.call(**changes), **how)
 

@@ -5,11 +5,13 @@ import gc
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tiers.faulty_file import FaultyFile
@@ -19,6 +21,7 @@ from hf_tiered_cache.blocks.block_manager import BlockTable
 from hf_tiered_cache.blocks.block_reader import Chunk
 from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.blocks.offload_manager import OffloadManager
+from hf_tiered_cache.blocks.selection import ALL, ResidentOnly, SelectionPolicy
 from hf_tiered_cache.devices.share import InPlaceShare
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import Budget, DeviceTier, DiskTier, HostTier
@@ -125,12 +128,20 @@ def chunks(
     table: BlockTable,
     scan: Sequence[BlockTable] = (),
     num_tokens: int | None = None,
+    selection: SelectionPolicy = ALL,
 ) -> Iterator[Chunk]:
     """The chunks of one reading."""
     tokens = table.num_tokens if num_tokens is None else num_tokens
     shown = SimpleNamespace(table=table, scan=scan, num_tokens=tokens)
-    with manager.read_lock, manager.read(shown) as reading:
+    with manager.read_lock, manager.read(shown, selection) as reading:
         yield from reading.chunks()
+
+
+@contextmanager
+def without_cold_blocks() -> Iterator[None]:
+    """Caches made meanwhile lose what is not on the device: what compares tokens must see it."""
+    with patch.dict(SelectionPolicy.registry, all=ResidentOnly):
+        yield
 
 
 def read_table(

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from support import without_cold_blocks
 
 import against_float64
 import attention_error
 from against_float64 import Side
-from losing import without_cold_blocks
 
 SHORT = ("--context", "160", "--decode-tokens", "4", "--chunk", "64", "--off-device", "0.8")
 

@@ -107,6 +107,8 @@ def test_knobs_take_bytes_words_and_auto(knobs, expected):
         ({"extra_tiers": ["host"]}, "extra_tiers=['host']: expected a mapping"),
         ({"extra_tiers": {1: 2}}, "extra_tiers={1: 2}: expected a mapping"),
         ({"demotion": 3}, "demotion=3: expected a name"),
+        ({"attend": "some"}, "unknown selection policy 'some'; known: all, "),
+        ({"attend": None}, "attend=None: expected a name"),
     ],
 )
 def test_an_impossible_knob_is_named_with_what_is_expected(knobs, message):
@@ -152,6 +154,7 @@ EVERY_KNOB = {
     "cpu_share": 0.5,
     "extra_tiers": {"host": 2**20},
     "demotion": f"{__name__}:NewestFirst",
+    "attend": "resident_only",
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import without_cold_blocks
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,8 +24,6 @@ from typer.testing import CliRunner, Result
 
 from hf_tiered_cache.commands.app import app
 from hf_tiered_cache.evaluation import models, pace
-
-from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 TINY_LM = str(ROOT / "eval" / "tiny_lm")

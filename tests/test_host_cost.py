@@ -16,7 +16,8 @@ NAMES = ("Python calls", "core.copy", "event made", "event query", "stream wait"
 
 @pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
 def test_a_layer_costs_no_more_calls_than_it_did(case):
-    calls = bench.calls_per_layer(case)
+    with bench.decoding(case) as (gpu, cache):
+        calls = bench.calls_per_layer(gpu, cache)
     costs = {name: calls.get(name, 0) for name in NAMES}
     assert all(cost <= most for cost, most in zip(costs.values(), MOST[case.name], strict=True)), (
         costs

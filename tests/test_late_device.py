@@ -12,6 +12,7 @@ from tiers.late_lane import LateDevice, LateFlags, LateLane, RefusingPinning
 from transformers import DynamicCache
 
 from hf_tiered_cache.blocks import assembly, block_reader
+from hf_tiered_cache.blocks.selection import ALL
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.devices import CpuDevice, Device
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -152,7 +153,8 @@ def test_the_shares_follow_the_waits(make_cache, monkeypatch, waited_for):
         reader._correct_split()
         staged = set(manager._stream._staged)
         for table in manager.blocks.tables:
-            for part in reader.plan(table, table.num_blocks, beside=True).below:
+            selected = reader.select(ALL, table, table.num_blocks)
+            for part in reader.plan(table, selected, has_gaps=False, beside=True).below:
                 assert not staged & set(table.blocks(part.first, part.last))
         cache.close()
 
@@ -165,7 +167,8 @@ def test_what_became_the_cpus_as_the_host_filled_keeps_no_staging_slots(make_cac
         (manager,) = cache._owned.pool.managers
         staged = set(manager._stream._staged)
         for table in manager.blocks.tables:
-            for part in manager._reader.plan(table, table.num_blocks, beside=True).below:
+            selected = manager._reader.select(ALL, table, table.num_blocks)
+            for part in manager._reader.plan(table, selected, has_gaps=False, beside=True).below:
                 assert not staged & set(table.blocks(part.first, part.last))
         cache.close()
 

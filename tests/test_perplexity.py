@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from support import without_cold_blocks
 from transformers import AutoTokenizer
 
 from hf_tiered_cache.evaluation import (
@@ -29,7 +30,6 @@ from hf_tiered_cache.evaluation import (
 from hf_tiered_cache.evaluation.documents import DataError, Document, HubDataset, Text
 
 import perplexity
-from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 CONTEXT, DECODED, NEW_TOKENS = 384, 12, 6

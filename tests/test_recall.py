@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import recall
+from support import without_cold_blocks
 
 from hf_tiered_cache.evaluation import standard_library
-
-from losing import without_cold_blocks
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--lengths", "500", "--depths", "0.1", "0.9", "--samples", "1", "--block-tokens", "16"]

@@ -19,10 +19,14 @@ import uvicorn
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_tiered_cache import trace
 from hf_tiered_cache.serving.admission import Limits
 from hf_tiered_cache.serving.server import Server, Settings
 
+from chat_model import FIRST_BYTE, NUM_IDS
+
 CHUNK = 64
+END = 1  # the token that ends an answer
 MAX_QUEUED = 3
 MAX_RUNNING = 2
 BODY_LIMIT = 100_000
@@ -112,10 +116,10 @@ def served(folder, tmp_path_factory):
     served.close()
 
 
-def ascii_only() -> dict[str, float]:
+def letters_only() -> dict[str, float]:
     """A logit bias for letters only: what is said comes back as the same tokens."""
-    letters = [it for it in range(256) if not 64 <= it < 90]
-    return {str(it): -100.0 for it in letters} | {"256": -100.0, "257": -100.0, "258": -100.0}
+    letters = range(FIRST_BYTE + ord("a"), FIRST_BYTE + ord("z") + 1)
+    return {str(it): -100.0 for it in range(NUM_IDS) if it not in letters}
 
 
 def chat(served: Served, messages: list[dict], tokens: int = 12, key: str = "any", **more):
@@ -124,7 +128,7 @@ def chat(served: Served, messages: list[dict], tokens: int = 12, key: str = "any
         messages=messages,
         max_tokens=tokens,
         temperature=0,
-        logit_bias=ascii_only(),
+        logit_bias=letters_only(),
         **more,
     )
 
@@ -140,7 +144,7 @@ def expected(served: Served, messages: list[dict], tokens: int = 12) -> str:
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    bias = {(int(k),): v for k, v in ascii_only().items()}
+    bias = {(int(k),): v for k, v in letters_only().items()}
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, sequence_bias=bias)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -299,7 +303,7 @@ def raw_request(served: Served, body: dict, receive_buffer: int | None = None) -
 
 
 def long_request(tokens: int = 3000, stream: bool = True, prompt: str = "long") -> dict:
-    config = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    config = {"max_new_tokens": tokens, "do_sample": False, "suppress_tokens": [END]}
     return {
         "messages": [user(prompt)],
         "stream": stream,
@@ -448,6 +452,61 @@ def test_memory_for_one_serves_many_by_waiting_and_nothing_parked_is_in_the_way(
     finally:
         served.close()
     assert served.server.conversations.root.is_closed
+
+
+def test_a_restart_reads_on_where_the_chat_was_and_a_damaged_block_is_computed_again(
+    folder, tmp_path
+):
+    """In the store are full blocks of 16 tokens."""
+    settings = settings_for(folder, tmp_path, store=tmp_path / "store", keys=("one", "two"))
+    messages = [user("a chat that goes on when the server was ended and started again")]
+    first = Served(settings)
+    answer = chat(first, messages, key="one")
+    first.close()
+    messages += [{"role": "assistant", "content": answer.choices[0].message.content}, user("on")]
+
+    second = Served(settings)
+    usage = chat(second, messages, key="two").usage
+    assert usage.prompt_tokens_details.cached_tokens == 0  # another tenant's secret
+    again = chat(second, messages, key="one")
+    told = answer.usage.total_tokens - 1
+    assert again.usage.prompt_tokens_details.cached_tokens == told // 16 * 16
+    assert again.choices[0].message.content == expected(second, messages)
+    second.close()
+
+    for path in (tmp_path / "store").rglob("*"):
+        if path.is_file() and path.stat().st_size > 8192:
+            data = bytearray(path.read_bytes())
+            data[6000] ^= 255
+            path.write_bytes(data)
+    third = Served(settings)
+    assert chat(third, messages, key="one").choices[0].message.content == expected(third, messages)
+    assert third.server.conversations.root.store.counters["quarantined"] > 0
+    third.close()
+
+
+def test_metrics_tell_how_much_of_the_machine_was_used(served):
+    before = served.metric("htc_model_flops_total")
+    client = served.client()
+    usage = client.completions.create(model=served.model, prompt="0123456789", max_tokens=1).usage
+    assert usage.prompt_tokens_details.cached_tokens == 0
+    config = served.server.model.config
+    weights = sum(it.numel() for it in served.server.model.parameters())
+    weights -= config.vocab_size * config.hidden_size  # a look-up
+    pairs = 10 * 11 / 2
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    assert served.metric("htc_model_flops_total") - before == 2 * weights * 10 + attention
+    assert served.metric("htc_peak_flops") > 1e6
+    assert served.metric('htc_tier_bytes{tier="device"}') > 0
+
+
+def test_a_trace_shows_the_way_of_a_request(served):
+    with trace() as recorded:
+        chat(served, [user("traced")], tokens=3)
+    names = [
+        it.name for it in recorded.spans if it.name in ("lookup", "prefill chunk", "decode step")
+    ]
+    assert names == ["lookup", "prefill chunk", "decode step", "decode step", "decode step"]
 
 
 def test_gradients_stay_off_and_the_model_as_it_was(served):

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import slowdown
-
-from losing import without_cold_blocks
+from support import without_cold_blocks
 
 QUICK = ["--contexts", "700", "--rounds", "1", "--new-tokens", "3", "--chunk", "256"]
 

@@ -73,7 +73,7 @@ void append_item(void* context, int64_t item) {
 
 void check_slots(const AttentionParams& params) {
   check_columns(params.view, params.batch, 0, params.view.num_columns,
-                params.dtype == DType::kBFloat16);
+                params.view.may_be_packed && params.dtype == DType::kBFloat16);
 }
 
 void append_tokens(const AppendParams& params) {

@@ -14,7 +14,7 @@ HTC_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 HTC_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 HTC_INLINE int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A complemented slot in the table holds an encoded block, see packing.h.
+// A complemented slot in the table holds a packed block, see packing.h.
 HTC_INLINE bool IsPacked(const BlockView& view, int64_t sequence, int64_t column) {
   return view.table[sequence * view.table_stride + column] < 0;
 }

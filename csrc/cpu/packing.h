@@ -1,7 +1,7 @@
 // Packing and unpacking of bfloat16 blocks, see packed_blocks.h. Included once per instruction set,
 // see vector.h.
 //
-// All vectors are of 16 values here: the same bytes come out whatever the instruction set is.
+// 16 values at a time (8 where vectors have 16 bytes); the same bytes come out whatever it is.
 #pragma once
 
 #include "../packed_blocks.h"
@@ -11,20 +11,22 @@ namespace hf_tiered_cache {
 namespace HTC_ISA {
 namespace {
 
-typedef uint16_t Words __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-constexpr int64_t kWords = 16;
+constexpr int64_t kWords = HTC_VECTOR_BYTES < 32 ? 8 : 16;
+typedef uint16_t Words __attribute__((vector_size(2 * kWords)));
+typedef uint8_t Bytes __attribute__((vector_size(kWords)));
+constexpr int64_t kHalfGroup = kPackedGroup / 2;
 
 HTC_INLINE Words Widen(Bytes bytes) { return __builtin_convertvector(bytes, Words); }
 HTC_INLINE Bytes ToBytes(Words words) { return __builtin_convertvector(words, Bytes); }
-HTC_INLINE Words Rotate(Words words) { return (words << 1) | (words >> 15); }
 HTC_INLINE Words Smaller(Words a, Words b) { return a < b ? a : b; }
 HTC_INLINE Words Larger(Words a, Words b) { return a > b ? a : b; }
 
 HTC_INLINE bool HasAny(Words words) {
-  uint64_t parts[4];
+  uint64_t parts[kWords / 4];
   Store(parts, words);
-  return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
+  uint64_t any = 0;
+  HTC_UNROLL for (int64_t i = 0; i < kWords / 4; ++i) any |= parts[i];
+  return any != 0;
 }
 
 HTC_INLINE uint16_t LoadWord(const uint8_t* from) {
@@ -35,35 +37,50 @@ HTC_INLINE uint16_t LoadWord(const uint8_t* from) {
 
 // ---- unpacking ----------------------------------------------------------------------------------
 
-// Room, in words, for the bases of a plane's channels and for `tokens` unpacked tokens.
-HTC_INLINE int64_t BaseWords(int64_t dim) { return dim + kPackedGroup; }
+// Room for the bases of a plane's channels, in bytes, and for `tokens` unpacked tokens, in words.
+HTC_INLINE int64_t BaseBytes(int64_t dim) { return RoundUp(dim + kPackedGroup, 64); }
 HTC_INLINE int64_t UnpackedWords(int64_t tokens, int64_t dim) {
-  return tokens * dim + 2 * kPackedGroup;
+  return RoundUp(tokens * dim + 2 * kPackedGroup, 32);
 }
 
-// The bases where an exponent is in a bfloat16, and once more from the first: 32 of them can be
-// read from any channel on.
-HTC_INLINE void WidenBases(const uint8_t* bases, int64_t dim, uint16_t* wide) {
-  for (int64_t i = 0; i < dim; ++i) wide[i] = static_cast<uint16_t>(bases[i] << 7);
-  for (int64_t i = dim; i < BaseWords(dim); ++i) wide[i] = wide[i - dim];
+// The bases, and once more from the first: 32 of them can be read from any channel on.
+HTC_INLINE void RepeatBases(const uint8_t* bases, int64_t dim, uint8_t* repeated) {
+  __builtin_memcpy(repeated, bases, dim);
+  for (int64_t i = dim; i < dim + kPackedGroup; ++i) repeated[i] = repeated[i - dim];
 }
 
-HTC_INLINE void UnpackGroup(const uint8_t* low, const uint8_t* codes, const uint16_t* bases,
+HTC_INLINE void UnpackGroup(const uint8_t* lower, const uint8_t* codes, const uint8_t* bases,
                             uint16_t* to) {
-  const Words both = Widen(Load<Bytes>(codes));
-  HTC_UNROLL for (int half = 0; half < 2; ++half) {
-    const Words code = (half == 0 ? both << 7 : both << 3) & (kZeroCode << 7);
-    const Words exponent = (Load<Words>(bases + half * kWords) - code) &
-                           (Words)(code != (kZeroCode << 7));
-    const Words rotated = Widen(Load<Bytes>(low + half * kWords));
-    Store(to + half * kWords, exponent | (rotated >> 1) | (rotated << 15));
+#if defined(__AVX2__)
+  // What is to be added to the base, by code: 0 to -7, the same and the sign.
+  const __m256i steps = _mm256_setr_epi8(
+      0, -1, -2, -3, -4, -5, -6, -7, -128, 127, 126, 125, 124, 123, 122, 121,  //
+      0, -1, -2, -3, -4, -5, -6, -7, -128, 127, 126, 125, 124, 123, 122, 121);
+  const __m256i twice = _mm256_broadcastsi128_si256(Load<__m128i>(codes));
+  const __m256i halves =
+      _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  const __m256i code = _mm256_and_si256(halves, _mm256_set1_epi8(15));
+  const __m256i upper =
+      _mm256_add_epi8(Load<__m256i>(bases), _mm256_shuffle_epi8(steps, code));
+  const __m256i low = Load<__m256i>(lower);
+  const __m256i even = _mm256_unpacklo_epi8(low, upper);  // values 0 .. 7 and 16 .. 23
+  const __m256i odd = _mm256_unpackhi_epi8(low, upper);   // values 8 .. 15 and 24 .. 31
+  Store(to, _mm256_permute2x128_si256(even, odd, 0x20));
+  Store(to + kHalfGroup, _mm256_permute2x128_si256(even, odd, 0x31));
+#else
+  HTC_UNROLL for (int64_t i = 0; i < kPackedGroup; i += kWords) {
+    const Words both = Widen(Load<Bytes>(codes + i % kHalfGroup));
+    const Words code = i < kHalfGroup ? both : both >> 4;
+    const Words upper = (Widen(Load<Bytes>(bases + i)) - (code & 7)) | ((code & 8) << 4);
+    Store(to + i, Widen(Load<Bytes>(lower + i)) | (upper << 8));
   }
+#endif
 }
 
 // The tokens [begin, end) of an encoded plane, which has `tokens`, unpacked into `room`; where the
 // first of them is there.
 HTC_INLINE const uint16_t* UnpackTokens(const uint8_t* plane, int64_t tokens, int64_t dim,
-                                        int64_t begin, int64_t end, const uint16_t* bases,
+                                        int64_t begin, int64_t end, const uint8_t* bases,
                                         uint16_t* room) {
   const PackedPlane parts = packed_plane(tokens, dim);
   const int64_t first = begin * dim / kPackedGroup * kPackedGroup;
@@ -91,8 +108,8 @@ struct Plane {
   const uint8_t* start;
   int64_t tokens;
   int64_t dim;
-  const uint16_t* bases;  // null: the plane is raw
-  uint16_t* room;         // for as many tokens as are asked for at once
+  const uint8_t* bases;  // null: the plane is raw
+  uint16_t* room;        // for as many tokens as are asked for at once
 
   // The tokens [begin, end), until the next ones are asked for.
   HTC_INLINE const Element<kType>* Tokens(int64_t begin, int64_t end) const {
@@ -105,8 +122,9 @@ struct Plane {
 
 // Memory, in bytes, for the two planes of a block of which so many tokens are read at once.
 HTC_INLINE int64_t PlaneBytes(const BlockView& view, int64_t key_tokens, int64_t value_tokens) {
-  return 2 * (BaseWords(view.key_dim) + UnpackedWords(key_tokens, view.key_dim) +
-              BaseWords(view.value_dim) + UnpackedWords(value_tokens, view.value_dim));
+  return BaseBytes(view.key_dim) + BaseBytes(view.value_dim) +
+         2 * (UnpackedWords(key_tokens, view.key_dim) +
+              UnpackedWords(value_tokens, view.value_dim));
 }
 
 template <DType kType>
@@ -132,19 +150,19 @@ HTC_INLINE Planes<kType> PlanesOf(const AttentionParams& p, int64_t sequence, in
   const uint8_t* keys = BlockStart(view, sequence, column) + kv_head * key_parts.num_bytes;
   const uint8_t* values = BlockStart(view, sequence, column) +
                           view.kv_heads * key_parts.num_bytes + kv_head * value_parts.num_bytes;
-  auto* key_bases = static_cast<uint16_t*>(memory);
-  uint16_t* key_room = key_bases + BaseWords(key_dim);
-  uint16_t* value_bases = key_room + UnpackedWords(key_tokens, key_dim);
-  uint16_t* value_room = value_bases + BaseWords(value_dim);
-  WidenBases(keys + key_parts.bases, key_dim, key_bases);
-  WidenBases(values + value_parts.bases, value_dim, value_bases);
+  auto* key_bases = static_cast<uint8_t*>(memory);
+  uint8_t* value_bases = key_bases + BaseBytes(key_dim);
+  auto* key_room = reinterpret_cast<uint16_t*>(value_bases + BaseBytes(value_dim));
+  uint16_t* value_room = key_room + UnpackedWords(key_tokens, key_dim);
+  RepeatBases(keys + key_parts.bases, key_dim, key_bases);
+  RepeatBases(values + value_parts.bases, value_dim, value_bases);
   return {{keys, tokens, key_dim, key_bases, key_room},
           {values, tokens, value_dim, value_bases, value_room}};
 }
 
 void UnpackPlane(const uint8_t* plane, int64_t tokens, int64_t dim, uint16_t* to) {
-  uint16_t bases[kMostPackedDim + kPackedGroup];
-  WidenBases(plane + packed_plane(tokens, dim).bases, dim, bases);
+  uint8_t bases[kMostPackedDim + kPackedGroup];
+  RepeatBases(plane + packed_plane(tokens, dim).bases, dim, bases);
   if (tokens * dim % kPackedGroup == 0) {
     UnpackTokens(plane, tokens, dim, 0, tokens, bases, to);
     return;
@@ -160,15 +178,15 @@ void UnpackPlane(const uint8_t* plane, int64_t tokens, int64_t dim, uint16_t* to
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// The smallest base from which four bits reach most of a channel's exponents.
+// The smallest base that reaches the upper bytes of most values of a channel.
 uint8_t BestBase(const uint16_t* values, int64_t tokens, int64_t dim) {
-  int32_t counts[256] = {};
-  for (int64_t t = 0; t < tokens; ++t) ++counts[(values[t * dim] >> 7) & 0xff];
+  int32_t counts[128] = {};
+  for (int64_t t = 0; t < tokens; ++t) ++counts[(values[t * dim] >> 8) & 0x7f];
   int32_t reached = 0, most = 0;
   int best = 0;
-  for (int base = 1; base < 256; ++base) {  // it reaches [base - 14, base], and 0 anyway
+  for (int base = 0; base < 128; ++base) {
     reached += counts[base];
-    if (base > kZeroCode) reached -= counts[base - kZeroCode];
+    if (base >= kReach) reached -= counts[base - kReach];
     if (reached > most) {
       most = reached;
       best = base;
@@ -177,30 +195,24 @@ uint8_t BestBase(const uint16_t* values, int64_t tokens, int64_t dim) {
   return static_cast<uint8_t>(best);
 }
 
-// `count` <= 16 channels from `values` on.
+// Of `count` <= kWords channels from `values` on.
 HTC_INLINE void FindBases(const uint16_t* values, int64_t tokens, int64_t dim, int64_t count,
                           uint8_t* bases) {
   Words largest = {}, smallest = ~Words{};
-  if (count == kWords) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const Words exponent = (Load<Words>(values + t * dim) >> 7) & 0xff;
-      largest = Larger(largest, exponent);
-      smallest = Smaller(smallest, exponent - 1);  // an exponent of 0 does not count
+  for (int64_t t = 0; t < tokens; ++t) {
+    Words row = {};
+    if (count == kWords) {
+      row = Load<Words>(values + t * dim);
+    } else {
+      for (int64_t i = 0; i < count; ++i) row[i] = values[t * dim + i];
     }
-  } else {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t i = 0; i < count; ++i) {
-        const uint16_t exponent = (values[t * dim + i] >> 7) & 0xff;
-        const uint16_t before = static_cast<uint16_t>(exponent - 1);
-        if (exponent > largest[i]) largest[i] = exponent;
-        if (before < smallest[i]) smallest[i] = before;
-      }
-    }
+    const Words upper = row & 0x7f00;
+    largest = Larger(largest, upper);
+    smallest = Smaller(smallest, upper);
   }
   for (int64_t i = 0; i < count; ++i) {
-    const bool reaches_all = largest[i] == 0 || largest[i] - (smallest[i] + 1) < kZeroCode;
-    bases[i] = reaches_all ? static_cast<uint8_t>(largest[i])
-                           : BestBase(values + i, tokens, dim);
+    bases[i] = (largest[i] - smallest[i]) >> 8 < kReach ? static_cast<uint8_t>(largest[i] >> 8)
+                                                        : BestBase(values + i, tokens, dim);
   }
 }
 
@@ -208,36 +220,40 @@ HTC_INLINE void FindBases(const uint16_t* values, int64_t tokens, int64_t dim, i
 bool PackPlane(const uint16_t* values, int64_t tokens, int64_t dim, uint8_t* plane) {
   const PackedPlane parts = packed_plane(tokens, dim);
   __builtin_memset(plane + parts.bases, 0, parts.num_bytes - parts.bases);
-  uint8_t* bases = plane + parts.bases;
   for (int64_t d = 0; d < dim; d += kWords) {
-    FindBases(values + d, tokens, dim, Min(kWords, dim - d), bases + d);
+    FindBases(values + d, tokens, dim, Min(kWords, dim - d), plane + parts.bases + d);
   }
-  uint16_t wide[kMostPackedDim + kPackedGroup];
-  for (int64_t i = 0; i < BaseWords(dim); ++i) wide[i] = i < dim ? bases[i] : wide[i - dim];
+  uint8_t bases[kMostPackedDim + kPackedGroup];
+  RepeatBases(plane + parts.bases, dim, bases);
 
   const int64_t num_values = tokens * dim;
   int64_t num_exceptions = 0;
   int64_t channel = 0;
   for (int64_t i = 0; i < num_values; i += kPackedGroup) {
-    uint16_t group[kPackedGroup] = {};
-    const bool is_whole = i + kPackedGroup <= num_values;
-    if (!is_whole) __builtin_memcpy(group, values + i, (num_values - i) * 2);
-    const uint16_t* from = is_whole ? values + i : group;
-    Words codes[2], missed[2];
-    HTC_UNROLL for (int half = 0; half < 2; ++half) {
-      const Words rotated = Rotate(Load<Words>(from + half * kWords));
-      const Words exponent = rotated >> 8;
-      const Words code = Load<Words>(wide + channel + half * kWords) - exponent;
-      const Words is_zero = (Words)(exponent == 0);
-      const Words is_far = (Words)(code >= kZeroCode);
-      Store(plane + i + half * kWords, ToBytes(rotated & 0xff));
-      codes[half] = is_zero | is_far ? Words{} + kZeroCode : code;
-      missed[half] = is_far & ~is_zero;
-    }
-    Store(plane + parts.codes + i / 2, ToBytes(codes[0] | (codes[1] << 4)));
-    if (HasAny(missed[0] | missed[1])) {
+    uint16_t group[kPackedGroup];
+    const uint16_t* from = values + i;
+    if (i + kPackedGroup > num_values) {  // what fills the last group up has the code 0
       for (int64_t j = 0; j < kPackedGroup; ++j) {
-        if (missed[j / kWords][j % kWords] == 0) continue;
+        group[j] = i + j < num_values ? from[j] : static_cast<uint16_t>(bases[channel + j] << 8);
+      }
+      from = group;
+    }
+    Words codes[kPackedGroup / kWords], any = {};
+    HTC_UNROLL for (int64_t j = 0; j < kPackedGroup; j += kWords) {
+      const Words word = Load<Words>(from + j);
+      const Words below = Widen(Load<Bytes>(bases + channel + j)) - ((word >> 8) & 0x7f);
+      Store(plane + i + j, ToBytes(word & 0xff));
+      codes[j / kWords] = ((word >> 12) & 8) | (below & 7);
+      any |= below & static_cast<uint16_t>(~7);
+    }
+    HTC_UNROLL for (int64_t j = 0; j < kHalfGroup; j += kWords) {
+      const Words upper = codes[(j + kHalfGroup) / kWords];
+      Store(plane + parts.codes + i / 2 + j, ToBytes(codes[j / kWords] | (upper << 4)));
+    }
+    if (HasAny(any)) {
+      for (int64_t j = 0; j < kPackedGroup; ++j) {
+        const int below = bases[channel + j] - ((from[j] >> 8) & 0x7f);
+        if (below >= 0 && below < kReach) continue;
         if (num_exceptions == parts.most) return false;
         const uint16_t index = static_cast<uint16_t>(i + j);
         uint8_t* to = plane + parts.exceptions + 2 + 2 * num_exceptions++;

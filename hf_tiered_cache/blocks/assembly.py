@@ -16,8 +16,10 @@ from transformers.utils import logging
 from hf_tiered_cache.blocks.block_manager import BlockTable
 from hf_tiered_cache.blocks.demotion import DemotionPolicy
 from hf_tiered_cache.blocks.offload_manager import OffloadManager
+from hf_tiered_cache.blocks.selection import SelectionPolicy
 from hf_tiered_cache.config import (
     AUTO_DEVICE_SHARE,
+    NO_PACKING,
     Budgets,
     TieredCacheConfig,
     free_memory_bytes,
@@ -32,6 +34,7 @@ from hf_tiered_cache.observe.metrics import Counters, LaneStats, TierStats
 from hf_tiered_cache.sizes import AUTO
 from hf_tiered_cache.store.block_store import BlockStore
 from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier
+from hf_tiered_cache.tiers.codecs import Bf16TwelveBit, Codec
 from hf_tiered_cache.tiers.device import DeviceTier
 from hf_tiered_cache.tiers.device_side import BounceRing, behind_lane
 from hf_tiered_cache.tiers.disk import DiskTier
@@ -75,6 +78,8 @@ class BlockMemory:
         self._store_tiers: dict[OffloadManager, StoreTier] = {}
         self.budgets = Budgets.resolve(config, device_is_host=not has_accelerator())
         self._demotion = DemotionPolicy.by_name(config.demotion)
+        self.selection = SelectionPolicy.by_name(config.attend)()
+        _codec_kind(config.packing)  # raises
         self._expected_tables = expected_tables
         self._lower = self._lower_budgets()
         self._bounce = Budget("bounce", 0)  # grows by a ring for each manager behind a lane
@@ -212,6 +217,7 @@ class BlockMemory:
             page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
             pinning=device.pinning,
             cpus_near=device.cpus_near,
+            codec=codec_for(self.config.packing, layout),
         )
         tiers = [
             kind.from_budget(layout.num_bytes, budget, around)
@@ -351,10 +357,38 @@ class _Place:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
+def codec_for(packing: str, layout: BlockLayout) -> Codec | None:
+    """What blocks of a layout are encoded with on disk. Raises ConfigError for a codec that was
+    asked for and cannot do it."""
+    kind = _codec_kind(packing)
+    if kind is None:
+        return None
+    if packing != AUTO:
+        return kind(layout)
+    if kind.refusal(layout):
+        return None
+    codec = kind(layout)
+    # Plain torch packs at less than a disk's rate.
+    pays = codec.encoded_bytes < layout.num_bytes and codec.core_arguments is not None
+    return codec if pays else None
+
+
+def _codec_kind(packing: str) -> type[Codec] | None:
+    """The codec that `packing` names; None: there is none. Raises ConfigError."""
+    if packing == NO_PACKING:
+        return None
+    kind: type[Codec] = Bf16TwelveBit if packing == AUTO else Codec.by_name(packing)
+    if not kind.exact:
+        raise ConfigError(f"packing={packing!r} is approximate; expected a codec that is exact")
+    return kind
+
+
 def _tier_stats(budget: Budget, tiers: Sequence[Tier], where: str = "") -> TierStats:
     return TierStats(
         name=budget.name,
         blocks=sum(tier.used_slots for tier in tiers),
+        raw_bytes=sum(tier.used_slots * tier.block_bytes for tier in tiers),
+        packed_bytes=sum(tier.used_bytes for tier in tiers),
         used_bytes=budget.used_bytes,
         peak_bytes=budget.peak_bytes,
         budget_bytes=budget.limit_bytes,

@@ -11,7 +11,7 @@ count; only a filling block is ever copied, and only when a sharer writes.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,7 +64,10 @@ class KVBlock:
     @property
     def highest(self) -> int:
         """The rung of its highest copy."""
-        return next(rung for rung, slot in enumerate(self.slots) if slot is not None)
+        for rung, slot in enumerate(self.slots):  # no generator: asked for every block of a table
+            if slot is not None:
+                return rung
+        raise BlockStateError(f"{self} is nowhere")
 
     @property
     def is_stored(self) -> bool:
@@ -158,7 +161,7 @@ class Placement:
     runs: tuple[Run, ...]  # in block order
     is_writable: bool  # filling blocks are: unshared, resident, in no queue of demotion
     view: Any = None
-    plans: dict[bool, Any] = field(default_factory=dict)
+    plans: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -221,6 +224,18 @@ class BlockTable:
     changing: Changing = field(repr=False)
     num_tokens: int = 0
     placement: Placement | None = field(default=None, repr=False)
+    _make_rows: Callable[[], list[list[KVBlock]]] = field(default=list, repr=False)
+
+    def begin_with(self, make_rows: Callable[[], list[list[KVBlock]]]) -> None:
+        """Let the rows be what `make_rows` returns, which is asked when somebody looks."""
+        self._make_rows = make_rows
+        del self.rows
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "rows":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.rows = rows = self._make_rows()  # one step: it may be interrupted before
+        return rows
 
     def __del__(self) -> None:
         if self.rows:
@@ -284,15 +299,17 @@ class KVBlockManager:
 
     def adopt(self, table: BlockTable, rung: int, slots: Sequence[int]) -> None:
         """Let an empty table begin with full blocks that lie in these slots of a rung; all rows
-        share them."""
-        column = []
-        for index, slot in enumerate(slots):
-            block = KVBlock(table.layer, index, self.num_tiers)
-            block.slots[rung] = slot
-            block.ref_count = table.batch
-            column.append(block)
-        for row in table.rows:
-            row[:] = column
+        share them. The blocks are made when somebody looks."""
+        layer, num_tiers, batch = table.layer, self.num_tiers, table.batch
+
+        def make_rows() -> list[list[KVBlock]]:
+            blocks = [KVBlock(layer, index, num_tiers) for index in range(len(slots))]
+            for block, slot in zip(blocks, slots, strict=True):
+                block.slots[rung] = slot
+                block.ref_count = batch
+            return [list(blocks) for _ in range(batch)]
+
+        table.begin_with(make_rows)
         table.num_tokens = len(slots) * table.layout.block_tokens  # last: whoever mends goes by it
         self._touch(table.layer)
 
@@ -301,7 +318,7 @@ class KVBlockManager:
         first_full = table.num_tokens // table.layout.block_tokens
         table.num_tokens += num_tokens
         last_full = table.num_tokens // table.layout.block_tokens
-        if table.num_tokens > table.num_blocks * table.layout.block_tokens:
+        if table.num_tokens > len(table.rows[0]) * table.layout.block_tokens:
             raise BlockStateError(f"{table.num_tokens} tokens in {table.num_blocks} blocks")
         if first_full == last_full:
             return []
@@ -351,8 +368,11 @@ class KVBlockManager:
         """Keep the first `num_tokens` tokens of every row; return the blocks nobody holds now."""
         if not 0 <= num_tokens <= table.num_tokens:
             raise BlockStateError(f"truncate {table.num_tokens} tokens to {num_tokens}")
+        was_filling = table.is_filling
         table.num_tokens = num_tokens  # first: whoever mends what was interrupted goes by it
         keep = table.layout.num_blocks(num_tokens)
+        if keep == table.num_blocks and (was_filling or not table.is_filling):
+            return []  # the last blocks only hold fewer tokens: nothing moved
         dropped: list[KVBlock] = []
         for row in table.rows:
             dropped += self._release(row[keep:])
@@ -577,8 +597,11 @@ class KVBlockManager:
 
 def _rungs(table: BlockTable) -> list[int | None]:
     """The rung of each column: that of the highest copies of its blocks, None where they differ."""
-    rungs = [{block.highest for block in column} for column in zip(*table.rows, strict=True)]
-    return [rung.pop() if len(rung) == 1 else None for rung in rungs]
+    rows = [[block.highest for block in row] for row in table.rows]
+    if len(rows) == 1:
+        return list(rows[0])
+    columns = zip(*rows, strict=True)
+    return [column[0] if len(set(column)) == 1 else None for column in columns]
 
 
 def _slots(rows: list[list[KVBlock]], rung: int) -> torch.Tensor:

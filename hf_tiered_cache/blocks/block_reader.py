@@ -19,14 +19,22 @@ from typing import Protocol
 
 import torch
 
-from hf_tiered_cache.blocks.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.blocks.block_manager import (
+    DEVICE,
+    BlockTable,
+    KVBlock,
+    KVBlockManager,
+    Placement,
+)
 from hf_tiered_cache.blocks.pins import Pin, Pins
 from hf_tiered_cache.blocks.reading_plan import InPlace, ReadingPlan, Staging, reading_plan
+from hf_tiered_cache.blocks.selection import ALL, Columns, SelectionPolicy
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.devices.in_place import InPlaceAttention
 from hf_tiered_cache.devices.share import InPlaceShare
 from hf_tiered_cache.errors import BlockStateError, TierIOError
 from hf_tiered_cache.kernels import ops
+from hf_tiered_cache.kernels.view import BlockDecoder
 from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.observe.metrics import Counters, span
 from hf_tiered_cache.observe.tracing import LOAD_WAIT
@@ -46,10 +54,11 @@ class Chunk:
     first: int  # column of slots[:, 0]
     slots: torch.Tensor  # int32 [batch, columns]
     rung: int = DEVICE
+    codec: BlockDecoder | None = None  # of complemented slots (`BlockView`)
 
 
 class BlockReader:
-    """Reads tables of one layout and device: `read`.
+    """Reads tables of one layout and device, each by a `Reading`.
 
     `tiers`: from the device down. `split`: how much of those blocks below it that have addresses is
     attended where it lies: by `in_place`, or without one in line with all others, as where the
@@ -89,21 +98,25 @@ class BlockReader:
         self._stream = stream
         self._counters = counters
         self._in_place = in_place
+        self.codec = stream.codec
         self._num_readings = 0
         # Of the copy lane and of in-place attention, at the last correction.
         self._lane_waits = [0.0, 0.0]
 
-    def read(self, shown: "Readable") -> "Reading":
-        """A reading, to be entered; what it shows is looked up then."""
-        return Reading(self, shown)
+    def select(self, selection: SelectionPolicy, table: BlockTable, num_blocks: int) -> Columns:
+        """What is to be read of the first columns of a table."""
+        return selection.select(self._blocks.placement(table), num_blocks)
 
-    def plan(self, table: BlockTable, num_blocks: int, beside: bool) -> ReadingPlan:
-        """How the first columns of a table come to attention."""
+    def plan(
+        self, table: BlockTable, selected: Columns, has_gaps: bool, beside: bool
+    ) -> ReadingPlan:
+        """How the selected columns of a table come to attention."""
         is_shared = self._in_place is None or beside
         return reading_plan(
             table,
             self._blocks.placement(table),
-            num_blocks,
+            selected,
+            has_gaps,
             self._stream.chunk_blocks,
             self.group_columns,
             self._lower_rungs if is_shared else (),
@@ -113,27 +126,24 @@ class BlockReader:
 
     def resident_view(self, table: BlockTable, num_blocks: int) -> ops.BlockView | None:
         """The blocks of a table that is wholly resident; None where there are cold blocks."""
-        runs = self._blocks.placement(table).runs
-        if len(runs) != 1 or not runs[0].is_resident or num_blocks == 0:
+        placement = self._blocks.placement(table)
+        runs = placement.runs
+        if len(runs) != 1 or runs[0].rung != DEVICE or num_blocks == 0:
             return None
-        self._counters.resident_reads += num_blocks * table.batch
-        view = self.last_view(table)
-        if num_blocks == table.num_blocks:
+        self._counters.resident_reads += num_blocks * len(table.rows)
+        view = self.last_view(placement)
+        if num_blocks == runs[0].last:
             return view
         return self.view(Chunk(0, view.table[:, :num_blocks]))
-
-    def slab(self, chunk: Chunk) -> torch.Tensor:
-        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._tiers[chunk.rung].slab
 
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk of a reading as the kernels take it."""
         first_token = chunk.first * self.layout.block_tokens
-        return ops.BlockView(self.slab(chunk), chunk.slots, self.layout, first_token)
+        slab = self._tiers[chunk.rung].slab
+        return ops.BlockView(slab, chunk.slots, self.layout, first_token, chunk.codec)
 
-    def last_view(self, table: BlockTable) -> ops.BlockView:
+    def last_view(self, placement: Placement) -> ops.BlockView:
         """The last run of a table, which is resident wherever something is appended."""
-        placement = self._blocks.placement(table)
         if placement.view is None:
             run = placement.runs[-1]
             assert run.is_resident
@@ -181,7 +191,8 @@ class BlockReader:
         # more blocks came to the host. Nobody else would give their slots back.
         with self._blocks.changing:
             for table in self._blocks.tables:
-                for part in self.plan(table, table.num_blocks, beside=True).below:
+                everything = self.select(ALL, table, table.num_blocks)
+                for part in self.plan(table, everything, has_gaps=False, beside=True).below:
                     for block in table.blocks(part.first, part.last):
                         self._stream.discard(block)
 
@@ -226,6 +237,7 @@ class BlockReader:
         part: Staging,
         plan: ReadingPlan,
         scan: Sequence[BlockTable],
+        selection: SelectionPolicy,
         beside: bool,
     ) -> None:
         """The columns were attended: their slots are for what comes next."""
@@ -239,7 +251,7 @@ class BlockReader:
                 self._stream.release(
                     [block for block in part.cold if block not in others] if others else part.cold
                 )
-                upcoming = self._upcoming(table, plan.cold, part.num_done, scan, beside)
+                upcoming = self._upcoming(table, plan.cold, part.num_done, scan, selection, beside)
                 self._stream.prefetch(chain.from_iterable(upcoming))
 
     def _begin(
@@ -260,7 +272,7 @@ class BlockReader:
                 has_prefetched = self._stream.begin(cold, kept)
             pin.staged = cold
             self._counters.cold_reads += len(cold)
-            return has_prefetched, self._stream.slots(cold), self._stream.transfers(cold)
+            return has_prefetched, self._stream.places(cold), self._stream.transfers(cold)
 
     def _wait(self, pin: Pin, cold: Sequence[KVBlock], transfers: Sequence[Transfer]) -> None:
         """Wait, or let the device wait, for the loads; when one fails none of them stays staged."""
@@ -300,6 +312,7 @@ class BlockReader:
         cold: list[KVBlock],
         num_done: int,
         scan: Sequence[BlockTable],
+        selection: SelectionPolicy,
         beside: bool,
     ) -> Iterator[Sequence[KVBlock]]:
         """Blocks to be staged in the order the next reads will want them: the rest of this table,
@@ -307,8 +320,14 @@ class BlockReader:
         yield cold[num_done:]
         here = next((i for i, other in enumerate(scan) if other is table), len(scan))
         for other in chain(scan[here + 1 :], scan[:here]):
-            yield self.plan(other, other.num_blocks, beside).cold
+            selected = self.select(selection, other, other.num_blocks)
+            yield self.plan(other, selected, has_gaps(selected, other.num_blocks), beside).cold
         yield cold[:num_done]
+
+
+def has_gaps(selected: Columns, num_blocks: int) -> bool:
+    """Whether some of the first columns are not among the selected ones."""
+    return sum(map(len, selected)) < num_blocks
 
 
 class Readable(Protocol):
@@ -326,35 +345,45 @@ class Readable(Protocol):
 class Reading:
     """One reading of a table: a context, in which what is attended stays where it is.
 
-    A wholly resident table is `resident`; any other comes chunk by chunk. Where a device works
-    behind the host, whoever reads holds the manager's lock (`OffloadManager.read_lock`).
+    A table that is wholly resident, and read as a whole, is `resident`; any other comes chunk by
+    chunk, each with its own first position. Where a device works behind the host, whoever reads
+    holds the manager's lock (`OffloadManager.read_lock`).
     """
 
-    __slots__ = ("_num_blocks", "_pin", "_reader", "_shown", "_table", "beside", "resident")
+    __slots__ = (
+        *("_pin", "_reader", "_selected", "_selection", "_shown", "_table"),
+        *("beside", "has_gaps", "resident"),
+    )
 
-    def __init__(self, reader: BlockReader, shown: Readable) -> None:
+    def __init__(self, reader: BlockReader, shown: Readable, selection: SelectionPolicy) -> None:
         self._reader = reader
         self._shown = shown
+        self._selection = selection
         self._table = shown.table
-        self._num_blocks = 0
+        self._selected: Columns = ()
         self._pin: Pin | None = None
         self.beside = False
         """Whether a part is attended by the CPU beside the device."""
+        self.has_gaps = False
+        """Whether columns are left out: who attends is to be told (`AttentionCall.has_gaps`)."""
         self.resident: ops.BlockView | None = None
         """All blocks, where all are on the device, in place of one chunk."""
 
     def __enter__(self) -> "Reading":
         reader = self._reader
         with reader._lock:
+            reader.pins.wait_for_turn()
             reader._check_held(self._shown.table)
             # It may be another one by now: who changes a table gives its readers a fork of it.
-            self._pin = reader.pins.add(self._shown.table)
+            self._table = table = self._shown.table
+            self._pin = reader.pins.add(table)
             try:
-                self._table = self._pin.table = self._shown.table
-                reader._check_held(self._table)
                 asked = reader.layout.num_blocks(self._shown.num_tokens)
-                self._num_blocks = min(self._table.num_blocks, asked)
-                self.resident = reader.resident_view(self._table, self._num_blocks)
+                num_blocks = min(len(table.rows[0]), asked)
+                self._selected = reader.select(self._selection, table, num_blocks)
+                self.has_gaps = has_gaps(self._selected, num_blocks)
+                if not self.has_gaps:
+                    self.resident = reader.resident_view(table, num_blocks)
             except BaseException:
                 reader.pins.remove(self._pin)
                 raise
@@ -378,7 +407,7 @@ class Reading:
         `beside` then. `chunks` are the rest, and `join_in_place` folds both."""
         reader = self._reader
         if reader.can_attend_beside(query, call):
-            parts = reader.plan(self._table, self._num_blocks, beside=True).below
+            parts = reader.plan(self._table, self._selected, self.has_gaps, beside=True).below
             if parts:
                 reader.begin_beside(parts, query, call)
                 self.beside = True
@@ -388,9 +417,9 @@ class Reading:
         self._reader.join_in_place(state)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The columns in block order, chunk by chunk, each where attention can read it until the
-        next is asked for: resident runs where they lie, cold ones through staging, or where
-        they lie where the device is the CPU. Without those that are attended beside.
+        """The selected columns in block order, chunk by chunk, each where attention can read it
+        until the next is asked for: resident runs where they lie, cold ones through staging, or
+        where they lie where the device is the CPU. Without those that are attended beside.
 
         Raises TierIOError when a cold block cannot be loaded or is not what was stored.
         """
@@ -400,18 +429,16 @@ class Reading:
             yield Chunk(0, self.resident.table)
             return
         with reader._lock:
-            plan = reader.plan(table, self._num_blocks, self.beside)
+            plan = reader.plan(table, self._selected, self.has_gaps, self.beside)
         for part in plan.parts:
             if isinstance(part, Staging):
-                yield Chunk(part.first, reader.stage(pin, table, part))
-                reader.unstage(pin, table, part, plan, self._shown.scan, self.beside)
+                slots = reader.stage(pin, table, part)
+                yield Chunk(part.first, slots, codec=reader.codec)
+                scan = self._shown.scan
+                reader.unstage(pin, table, part, plan, scan, self._selection, self.beside)
             elif part.run.is_resident or not self.beside:
                 reader.count(part)
                 yield Chunk(part.first, part.slots, part.rung)
-
-    def slab(self, chunk: Chunk) -> torch.Tensor:
-        """The memory that a chunk's slots are in, uint8 `[slots, block_bytes]`."""
-        return self._reader.slab(chunk)
 
     def view(self, chunk: Chunk) -> ops.BlockView:
         """A chunk as the kernels take it."""

@@ -15,10 +15,17 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from hf_tiered_cache.blocks.block_manager import DEVICE, BlockTable, KVBlock, KVBlockManager
+from hf_tiered_cache.blocks.block_manager import (
+    DEVICE,
+    BlockTable,
+    KVBlock,
+    KVBlockManager,
+    Placement,
+)
 from hf_tiered_cache.blocks.block_reader import BlockReader, Readable, Reading
 from hf_tiered_cache.blocks.capacity import Capacity
 from hf_tiered_cache.blocks.demotion import ByAge, DemotionPolicy
+from hf_tiered_cache.blocks.selection import ALL, SelectionPolicy
 from hf_tiered_cache.blocks.staging import StagingRing
 from hf_tiered_cache.blocks.stores import Stores
 from hf_tiered_cache.devices.in_place import InPlaceAttention
@@ -186,10 +193,11 @@ class OffloadManager:
         num_tokens, start = keys.shape[2], table.num_tokens
         if num_tokens == 0:
             return
-        room = table.num_blocks * self.layout.block_tokens - start
-        must_own = room > 0 and not self.blocks.placement(table).is_writable
+        placement = self.blocks.placement(table)
+        room = -start % self.layout.block_tokens  # left in the filling blocks
+        must_own = room > 0 and not placement.is_writable
         if num_tokens < room and not must_own:  # in decode nearly always: one number changes
-            self._write(table, keys, values)
+            self._write(table, placement, keys, values)
             return
         if must_own:
             self._wait_for_readers(table)
@@ -205,19 +213,22 @@ class OffloadManager:
                     if room == 0:
                         room = self._add_columns(table, num_tokens - done)
                     count = min(num_tokens - done, room)
+                    placement = self.blocks.placement(table)
                     if count == num_tokens:  # slicing costs as much as writing
-                        self._write(table, keys, values)
+                        self._write(table, placement, keys, values)
                     else:
                         part = slice(done, done + count)
-                        self._write(table, keys[:, :, part], values[:, :, part])
+                        self._write(table, placement, keys[:, :, part], values[:, :, part])
                     done, room = done + count, 0
             except BaseException:
                 self._drop(self.blocks.truncate(table, start))
                 raise
 
-    def _write(self, table: BlockTable, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _write(
+        self, table: BlockTable, placement: Placement, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         start = table.num_tokens
-        ops.append_tokens(keys, values, self._reader.last_view(table), start)
+        ops.append_tokens(keys, values, self._reader.last_view(placement), start)
         if self.blocks.advance(table, keys.shape[2]):
             self.stores.start_ahead(self._capacity.num_layers * table.batch)
 
@@ -280,8 +291,8 @@ class OffloadManager:
         if own is not None:
             self.device_tier.copy_block(own, slot)
             return
-        (staged,) = self._stream.load([block], self._pins.staged())
-        self.device_tier.copy_block(staged, slot)
+        (place,) = self._stream.load([block], self._pins.staged())
+        self._stream.copy_block(place, slot)
         if block not in self._pins.staged():
             self._stream.release([block])
 
@@ -396,10 +407,11 @@ class OffloadManager:
             self._stream.discard(block)
             self.stores.free_slots(block, first_rung=DEVICE)
 
-    def read(self, shown: Readable) -> Reading:
-        """A reading of a table's blocks, to be entered while `read_lock` is held. Entering raises
-        ClosedCacheError when the table was dropped, or its cache is closed."""
-        return self._reader.read(shown)
+    def read(self, shown: Readable, selection: SelectionPolicy = ALL) -> Reading:
+        """A reading of a table's blocks, those that `selection` chooses, to be entered while
+        `read_lock` is held. Entering raises ClosedCacheError when the table was dropped, or its
+        cache is closed."""
+        return Reading(self._reader, shown, selection)
 
     @property
     def split(self) -> InPlaceShare:
@@ -447,8 +459,10 @@ class OffloadManager:
 
     def _check_held(self, table: BlockTable) -> None:
         """Raise ClosedCacheError unless the table's cache is there, and still holds the table."""
-        self._check_open()
-        self._tidy()
+        if self._abandoned or self.blocks.changing.was_interrupted:
+            self._tidy()  # others may go on meanwhile, and close the cache
+        if self._is_closed:
+            self._check_open()
         if not table.rows:
             raise ClosedCacheError("the cache that held these keys and values is gone")
 

@@ -42,10 +42,13 @@ class Pins:
         self._num_waiting = 0
         self._num_draining = 0
 
-    def add(self, table: BlockTable) -> Pin:
-        """Pin a table. Whoever waits until nothing is pinned goes first."""
+    def wait_for_turn(self) -> None:
+        """Let whoever waits until nothing is pinned go first; for whoever is about to `add`."""
         while self._num_draining and not any(not pin.is_anothers for pin in self._pins):
             self._sleep()
+
+    def add(self, table: BlockTable) -> Pin:
+        """Pin a table."""
         pin = Pin(table)
         self._pins.add(pin)
         return pin

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 
 from hf_tiered_cache.blocks.block_manager import BlockTable, KVBlock, Placement, Run
+from hf_tiered_cache.blocks.selection import Columns
 from hf_tiered_cache.kernels import ops
 
 
@@ -74,29 +75,32 @@ class ReadingPlan:
 def reading_plan(
     table: BlockTable,
     placement: Placement,
-    num_blocks: int,
+    selected: Columns,
+    has_gaps: bool,
     chunk_blocks: int,
     group_columns: int,
     rungs: Collection[int],
     share: float,
     beside: bool,
 ) -> ReadingPlan:
-    """The plan for the first `num_blocks` columns of a table.
+    """The plan for the selected columns of a table.
 
-    chunk_blocks: to be staged at once. group_columns: what the device attends begins and ends at
-    multiples of so many columns, or with the table; not with `beside`, where the parts below it are
-    attended beside the device. share: of each run on one of `rungs`, attended where it lies.
+    has_gaps: some of the columns before the last one that is asked for are not among them; they are
+    read as they come then, for nobody attends them in groups. chunk_blocks: to be staged at once.
+    group_columns: what the device attends begins and ends at multiples of so many columns, or with
+    the table; not with `beside`, where the parts below it are attended beside the device. share: of
+    each run on one of `rungs`, attended where it lies.
     """
-    key = (num_blocks, chunk_blocks, share)
-    plan: ReadingPlan | None = placement.plans.get(beside)
+    key = (selected, chunk_blocks, share)
+    plan: ReadingPlan | None = placement.plans.get((beside, has_gaps))
     if plan is None or plan.key != key:
         columns = chunk_blocks // max(1, table.batch) // group_columns * group_columns
-        if group_columns > 1 and not beside:
-            parts = _groups(placement, num_blocks, group_columns)
+        if group_columns > 1 and not beside and not has_gaps and selected:
+            parts = _groups(placement, selected[-1].stop, group_columns)
         else:
-            parts = _runs(placement, num_blocks, rungs, share)
+            parts = _runs(placement, selected, rungs, share)
         plan = _cut(table, key, parts, max(group_columns, columns))
-        placement.plans[beside] = plan
+        placement.plans[beside, has_gaps] = plan
     return plan
 
 
@@ -126,22 +130,22 @@ def _cut(
 
 
 def _runs(
-    placement: Placement, num_blocks: int, rungs: Collection[int], share: float
+    placement: Placement, selected: Columns, rungs: Collection[int], share: float
 ) -> Iterator[InPlace | tuple[int, int]]:
     """Columns by how they come to attention; those [first, last) go through staging."""
     for run in placement.runs:
-        last = min(run.last, num_blocks)
-        if last <= run.first:
-            return
-        cut = run.first
+        end = run.first  # of what is attended where it lies
         if run.is_resident:
-            cut = last
+            end = run.last
         elif run.rung in rungs:
-            cut = min(last, run.first + round(share * (run.last - run.first)))
-        if cut > run.first:
-            yield InPlace(run.first, cut, run)
-        if cut < last:
-            yield cut, last
+            end = run.first + round(share * (run.last - run.first))
+        for columns in selected:
+            first, last = max(run.first, columns.start), min(run.last, columns.stop)
+            cut = min(max(first, end), last)
+            if first < cut:
+                yield InPlace(first, cut, run)
+            if cut < last:
+                yield cut, last
 
 
 def _groups(

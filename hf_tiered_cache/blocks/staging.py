@@ -31,7 +31,7 @@ READ_BYTES = 1024 * 1024
 LANE_READ_BYTES = (4 * READ_BYTES, 32 * READ_BYTES)
 READS_PER_RING = 4
 
-_Staged = tuple[int, Transfer]  # the staging slot of a block and its load
+_Staged = tuple[int, Transfer]  # the place of a block and its load
 
 
 class StagingRing:
@@ -40,6 +40,9 @@ class StagingRing:
     A staged block is wanted (loading or loaded, not yet attended). `begin` starts the loads of what
     is to be attended next, `release` makes its slots free for the next ones. Anything else that is
     staged may be discarded: a tier below still holds it. Loads come from the highest one that does.
+
+    A place is a staging slot, complemented (`~slot`) where the block in it is encoded: the CPU's
+    kernels attend those of `codec` as they are.
     """
 
     def __init__(self, tiers: Sequence[Tier], num_slots: int, counters: Counters) -> None:
@@ -49,6 +52,8 @@ class StagingRing:
         self._tiers = tiers
         self._counters = counters
         self._num_slots = num_slots
+        self.codec = next((tier.codec for tier in tiers if _is_attended(tier, device)), None)
+        """Of the blocks that are encoded in staging; None: none are."""
         self._free: list[int] = []
         self._last_reads: dict[int, Mark] = {}  # by free slot, on a device with a lane
         self._staged: dict[KVBlock, _Staged] = {}  # in order of their use
@@ -117,7 +122,7 @@ class StagingRing:
         return len(missing) < len(blocks)
 
     def load(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock] = ()) -> list[int]:
-        """`begin` and wait; the slots. What failed while it was loaded ahead is tried once more.
+        """`begin` and wait; the places. What failed while it was loaded ahead is tried once more.
         Raises TierIOError when a load failed; the blocks are then no longer staged."""
         has_prefetched = self.begin(blocks, kept)
         try:
@@ -127,7 +132,7 @@ class StagingRing:
                 raise
             self.begin(blocks, kept)
             self._wait(blocks, kept)
-        return self.slots(blocks)
+        return self.places(blocks)
 
     def _wait(self, blocks: Sequence[KVBlock], kept: Collection[KVBlock]) -> None:
         try:
@@ -143,13 +148,13 @@ class StagingRing:
         """The loads of staged blocks, each once."""
         return list(dict.fromkeys([self._staged[block][1] for block in blocks]))
 
-    def slots(self, blocks: Iterable[KVBlock]) -> list[int]:
+    def places(self, blocks: Iterable[KVBlock]) -> list[int]:
         """Where blocks are staged."""
         return [self._staged[block][0] for block in blocks]
 
     def release(self, blocks: Iterable[KVBlock]) -> None:
         """The blocks were attended; their staging slots are free."""
-        slots = [slot for slot, _ in map(self._staged.pop, blocks)]
+        slots = [_slot(place) for place, _ in map(self._staged.pop, blocks)]
         self._free += slots
         if self._device.lane is not None and slots:
             self._last_reads.update(dict.fromkeys(slots, self._device.lane.mark()))
@@ -173,9 +178,17 @@ class StagingRing:
         """Forget a staged block, after its load has ended; nothing happens if it is not staged."""
         entry = self._staged.pop(block, None)
         if entry is not None:
-            slot, transfer = entry
+            place, transfer = entry
             transfer.outlast()
-            self._free.append(slot)
+            self._free.append(_slot(place))
+
+    def copy_block(self, place: int, target: int) -> None:
+        """Copy a staged block, as it is when it is not encoded, into another slot of the device."""
+        if place < 0:
+            assert self.codec is not None
+            self.codec.decode(self._device.block(_slot(place)), self._device.block(target))
+        else:
+            self._device.copy_block(place, target)
 
     def clear(self) -> None:
         """Forget everything that is staged."""
@@ -215,25 +228,46 @@ class StagingRing:
         return max(1, num_bytes // self._device.block_bytes)
 
     def _read(self, rung: int, blocks: Sequence[KVBlock], sources: Sequence[int]) -> None:
-        """Start one load of blocks that lie in slots `sources` of a rung."""
+        """Start the loads of blocks that lie in slots `sources` of a rung."""
         stores = [store for block in blocks if (store := block.stores[rung]) is not DONE]
         for store in stores:
             store.wait()  # a copy still being written may not be relied on
+        tier = self._tiers[rung]
+        if not _is_attended(tier, self._device):
+            self._load(tier, blocks, sources, is_encoded=False)
+            return
+        for is_encoded in (True, False):
+            part = [
+                (block, source)
+                for block, source in zip(blocks, sources, strict=True)
+                if tier.is_encoded(source) is is_encoded
+            ]
+            if part:
+                self._load(tier, *zip(*part, strict=True), is_encoded=is_encoded)
+
+    def _load(
+        self, tier: Tier, blocks: Sequence[KVBlock], sources: Sequence[int], *, is_encoded: bool
+    ) -> None:
         slots = self._take_slots(len(blocks))
         self._hold_loads(slots)
         issued = perf_counter()
         try:
-            transfer = self._tiers[rung].load(sources, self._device, slots)
+            if is_encoded:
+                memory = [self._device.block(slot)[: tier.record_bytes] for slot in slots]
+                transfer = tier.read_encoded(sources, memory)
+            else:
+                transfer = tier.load(sources, self._device, slots)
         except BaseException:
             self._free += slots
             raise
         self._counters.loads += len(blocks)
-        num_bytes = len(blocks) * self._device.block_bytes
+        num_bytes = len(blocks) * tier.record_bytes
         self._counters.loaded_bytes += num_bytes
         if tracing.recorder is not None:
-            layers, name = [block.layer for block in blocks], self._tiers[rung].name
-            tracing.recorder.watch(LOAD, name, layers, len(blocks), num_bytes, issued, transfer)
-        self._staged.update(zip(blocks, zip(slots, repeat(transfer)), strict=True))
+            layers = [block.layer for block in blocks]
+            tracing.recorder.watch(LOAD, tier.name, layers, len(blocks), num_bytes, issued, transfer)
+        places = [~slot for slot in slots] if is_encoded else slots
+        self._staged.update(zip(blocks, zip(places, repeat(transfer)), strict=True))
 
     def _take_slots(self, count: int) -> list[int]:
         """Free staging slots, the ones last used first."""
@@ -255,3 +289,13 @@ class StagingRing:
         marks = set(map(self._last_reads.pop, slots, repeat(None)))
         for mark in marks:
             (mark or lane.mark()).hold_loads()
+
+
+def _slot(place: int) -> int:
+    """The slot of a place."""
+    return place if place >= 0 else ~place
+
+
+def _is_attended(tier: Tier, device: DeviceTier) -> bool:
+    """Whether what a tier encodes is attended on the device as it is."""
+    return device.device.type == "cpu" and tier.codec is not None and tier.codec.is_attended

@@ -176,7 +176,7 @@ class Stores:
             raise
         self._blocks.move(block, target, slot)
         self._under_way[target][block] = None
-        size = tier.block_bytes
+        size = tier.record_bytes
         self._counters.stores += 1
         self._counters.stored_bytes += size
         if tracing.recorder is not None:

@@ -16,6 +16,7 @@ from hf_tiered_cache.commands.env import env
 from hf_tiered_cache.commands.manners import fail
 from hf_tiered_cache.commands.plan import plan
 from hf_tiered_cache.commands.serve import serve
+from hf_tiered_cache.commands.store import store
 from hf_tiered_cache.commands.trace import trace
 from hf_tiered_cache.commands.verify import verify
 from hf_tiered_cache.evaluation.versions import package_version
@@ -75,6 +76,8 @@ def commands(
 
 for command in (env, plan, verify, bench, trace, serve):
     app.command()(command)
+
+app.add_typer(store, name="store", cls=Commands)
 
 
 def main() -> None:

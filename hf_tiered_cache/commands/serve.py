@@ -29,6 +29,10 @@ def serve(
     disk_bytes: Bytes = AUTO,
     disk_dir: options.DiskDir = None,
     block_tokens: options.BlockTokens = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of blocks that outlive the server; default: none.")
+    ] = None,
+    store_bytes: Bytes = AUTO,
     chunk: Annotated[
         int, typer.Option(help="Prompt tokens per forward: what others may have to wait for.")
     ] = 512,
@@ -81,6 +85,7 @@ def serve(
         "block_tokens": block_tokens,
     }
     options.check_cache(**cache)
+    parse_bytes("store_bytes", store_bytes)
     options.check_threads(threads)
     check_model(model)
     check_dtype(dtype)
@@ -102,6 +107,8 @@ def serve(
         dtype=dtype,
         attention=attention,
         cache=cache,
+        store=store,
+        store_bytes=store_bytes,
         chunk=chunk,
         max_num_seqs=max_num_seqs,
         max_num_parked=max_num_parked,

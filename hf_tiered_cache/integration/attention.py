@@ -158,7 +158,7 @@ _attend_uncompiled = torch.compiler.disable(_attend)
 def _stream_attention(
     snapshot: Snapshot, query: torch.Tensor, call: ops.AttentionCall
 ) -> torch.Tensor:
-    """Attend all blocks of a snapshot, in block order, as they become resident.
+    """Attend the blocks of a snapshot, in block order, as they become resident.
 
     Returns `[batch, queries, heads, value_dim]`. One call of the kernel when everything is
     resident, else one per chunk, folded into a running state: the same bits either way.
@@ -168,10 +168,13 @@ def _stream_attention(
     out = query.new_empty((batch, num_queries, heads, layout.value_dim))
     heads_first = out.transpose(1, 2)
     layer = snapshot.table.layer
-    with manager.read_lock, span(ATTENTION, layer), manager.read(snapshot) as reading:
+    selection = snapshot.owner.selection
+    with manager.read_lock, span(ATTENTION, layer), manager.read(snapshot, selection) as reading:
         if reading.resident is not None:
             ops.paged_attention(query, reading.resident, call, out=heads_first, return_lse=False)
             return out
+        if reading.has_gaps:
+            call = call._replace(has_gaps=True)
         state = ops.RunningState.begin(query, layout.value_dim)
         reading.attend_in_place(query, call)
         for chunk in reading.chunks():

@@ -9,6 +9,7 @@ import operator
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Never
 
 import torch
@@ -22,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from hf_tiered_cache.blocks.assembly import BlockMemory
+from hf_tiered_cache.blocks.selection import RESIDENT_ONLY, SelectionPolicy
 from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
@@ -41,7 +43,7 @@ from hf_tiered_cache.integration.paged_states import ModelIdentity
 from hf_tiered_cache.integration.savepoint import Savepoint
 from hf_tiered_cache.integration.stored_prefix import StoredPrefix, one_row, restore_layers
 from hf_tiered_cache.kernels import ops
-from hf_tiered_cache.observe.metrics import CacheStats
+from hf_tiered_cache.observe.metrics import CacheStats, Counters, SpeculationCounters
 from hf_tiered_cache.planner.prediction import Plan
 from hf_tiered_cache.sizes import AUTO
 from hf_tiered_cache.store.block_store import BlockStore
@@ -72,8 +74,12 @@ class TieredCache(DynamicCache):
             "auto".
         extra_tiers: tiers of your own between host memory and disk, from the top down, by name or
             "module:Class", with their bytes (docs/extending.md).
+        packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of your
+            own as "module:Class" (docs/extending.md), or "auto": "bf16_12bit" for bfloat16.
         demotion: which blocks leave a rung first: "by_age", or a policy of your own as
             "module:Class" (docs/extending.md).
+        attend: what attention reads: "all", or approximately "resident_only" (what is on the
+            device, without loads), or a selection policy of your own (docs/extending.md).
         store: a `BlockStore`: `restore` finds prefixes there, `publish` puts full blocks there
             (docs/reuse.md).
         tiers: all of these as one `TieredCacheConfig` instead; none may then be asked for beside.
@@ -104,7 +110,9 @@ class TieredCache(DynamicCache):
         staging_bytes: int | str = AUTO,
         cpu_share: float | str = AUTO,
         extra_tiers: Mapping[str, int | str] | None = None,
+        packing: str = AUTO,
         demotion: str = "by_age",
+        attend: str = "all",
         store: BlockStore | None = None,
         tiers: TieredCacheConfig | None = None,
         ddp_cache_data: Iterable[Any] | None = None,
@@ -135,7 +143,9 @@ class TieredCache(DynamicCache):
             staging_bytes=staging_bytes,
             cpu_share=cpu_share,
             extra_tiers=extra_tiers,
+            packing=packing,
             demotion=demotion,
+            attend=attend,
         )
         if tiers is not None and given.asked():
             raise ConfigError(f"give either tiers= or {', '.join(given.asked())}, not both")
@@ -148,6 +158,8 @@ class TieredCache(DynamicCache):
         self._stored = None if store is None else StoredPrefix(store)
         pool = BlockMemory(tiers, expected_tables=num_tiered, store=store)
         self._own(pool)
+        self._allowed(pool.selection)
+        self.speculation = SpeculationCounters()
         attention.enable()
         Cache.__init__(self, layers=layers)
         self._num_layers = len(layers)  # as the config told, or 0
@@ -181,11 +193,12 @@ class TieredCache(DynamicCache):
         """
         if torch.compiler.is_compiling():
             return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
-        layer_idx = self._check_layer(layer_idx)
+        if type(layer_idx) is not int or layer_idx < 0:
+            layer_idx = self._check_layer(layer_idx)
         with self._in_forward(layer_idx, brings_tokens=True):
             layer = self._layer_with_tokens(layer_idx)
             if isinstance(layer, TieredLayer) and key_states.shape[-2] > 0:
-                self._check_order(layer_idx, layer.get_seq_length())
+                self._check_order(layer_idx, layer)
             return layer.update(key_states, value_states, *args, **kwargs)
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
@@ -196,12 +209,13 @@ class TieredCache(DynamicCache):
         """Where it finds prefixes and puts full blocks."""
         return None if self._stored is None else self._stored.store
 
-    def restore(self, input_ids: Any, model: PreTrainedModel) -> int:
+    def restore(self, input_ids: Any, model: PreTrainedModel, salt: bytes | None = None) -> int:
         """Begin with the longest prefix of `input_ids` that the store has of this model; the number
         of its tokens, a multiple of `block_tokens`. `generate` then computes only the rest.
 
         input_ids: ints `[tokens]`, or `[rows, tokens]` with equal rows, which then share what is
-        found. At least one token is left to be computed. Nothing is loaded before it is attended;
+        found. At least one token is left to be computed. salt: of this cache from now on, and of
+        its forks, in place of the store's. Nothing is loaded before it is attended;
         a block whose bytes turn out to be wrong is a TierIOError of the forward that reads it, and
         is not found again. Raises UnsupportedInputError for other ids, or where the cache holds
         tokens, ConfigError where it has no store.
@@ -215,6 +229,7 @@ class TieredCache(DynamicCache):
             )
         with self._alone():
             stored.reset()
+            stored.salt = stored.salt if salt is None else salt
             found = stored.find(ids, model, self.layers, self._block_tokens() or None)
             num_tokens = restore_layers(found, self.layers, model, num_rows)
             stored.begins_with(ids[:num_tokens].expand(num_rows, -1))
@@ -237,6 +252,11 @@ class TieredCache(DynamicCache):
             published = stored.published(self.layers, self._owned, model)
         return 0 if published is None else published.submit()
 
+    def block_names(self) -> tuple[bytes, list[bytes]] | None:
+        """(the model's namespace, the keys of the full blocks of the first row) as the store names
+        them; None where they have no name."""
+        return self._stored_prefix().names(self.layers, self._owned)
+
     def before_forward(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[], None] | None:
@@ -247,7 +267,7 @@ class TieredCache(DynamicCache):
         UnsupportedInputError where it cannot be.
         """
         stored = self._stored
-        if stored is None:
+        if stored is None or not self._owned.selection.is_exact:  # a draft, which leaves nothing
             return None
         held = self.get_seq_length()
         stored.cut_what_is_held(kwargs, held)
@@ -291,13 +311,13 @@ class TieredCache(DynamicCache):
             )
         return index
 
-    def _check_order(self, layer_idx: int, num_tokens: int) -> None:
+    def _check_order(self, layer_idx: int, layer: TieredLayer) -> None:
         """Raise UnsupportedInputError if the layer already has this forward's tokens."""
         first = self._owned.first_layer
-        if first is None or first >= layer_idx or num_tokens == 0:
+        if first is None or first >= layer_idx:
             return
-        got = self.layers[first].get_seq_length()
-        if num_tokens == got:
+        num_tokens = layer.get_seq_length()
+        if num_tokens and num_tokens == self.layers[first].get_seq_length():
             raise UnsupportedInputError(
                 f"out of order: layer {layer_idx} holds {num_tokens} tokens, as many as layer "
                 f"{first}; expected fewer: every layer is updated once per forward, in order, "
@@ -514,6 +534,47 @@ class TieredCache(DynamicCache):
         """While all layers are read, or changed by `change`, at once. Raises CacheInUseError."""
         return self._guard.admit_alone(self._last_layer, change)
 
+    @contextlib.contextmanager
+    def attending(self, selection: str) -> Iterator[None]:
+        """Let attention read what this selection policy chooses (`attend=`) in forwards through
+        this cache within the `with` block. Raises ConfigError for an unknown one.
+
+        Tensors that an operation of torch builds of a layer's keys and values stay whole. What the
+        forwards append follows from what they attended, so a cache with a store refuses a policy
+        that is not exact (ConfigError).
+        """
+        chosen = self._allowed(SelectionPolicy.by_name(selection)())
+        before = self._owned.selection
+        self._owned.selection = chosen
+        try:
+            yield
+        finally:
+            self._owned.selection = before
+
+    def _allowed(self, selection: SelectionPolicy) -> SelectionPolicy:
+        """The policy; raises ConfigError where what it leads to would be put into a store."""
+        if self._stored is not None and not selection.is_exact:
+            raise ConfigError(
+                f"attend={selection.name!r} with a store: what approximate attention leads to must"
+                " not be found by others; leave out store= or attend="
+            )
+        return selection
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Let forwards within the `with` block guess: they attend only what is on the device, load
+        nothing, and what they append is dropped at the end. `speculate` drafts so."""
+        self._check_open()
+        before = self._savepoint()
+        selection = self._owned.selection
+        self._owned.selection = RESIDENT_ONLY
+        try:
+            yield
+        finally:
+            self._owned.selection = selection
+            with self._alone("drafting"):
+                before.restore(forwards.Forward())
+
     def _savepoint(self) -> Savepoint:
         return Savepoint(self.layers, self._owned)
 
@@ -566,7 +627,14 @@ class TieredCache(DynamicCache):
             tiers=pool.tier_stats(),
             lanes=pool.lane_stats(),
             counters=pool.counters(),
+            attend=self._owned.selection.name,
+            is_exact=self._owned.selection.is_exact,
+            speculation=replace(self.speculation),
         )
+
+    def counters(self) -> Counters:
+        """The running totals alone; `stats()` has them too, and looks through all blocks."""
+        return self._owned.pool.counters()
 
     def _check_open(self) -> None:
         if self.is_closed:

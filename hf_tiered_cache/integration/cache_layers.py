@@ -27,7 +27,7 @@ from hf_tiered_cache.integration.paged_states import ModelIdentity, PagedStates,
 from hf_tiered_cache.integration.read_only import ReadOnlyTensor
 from hf_tiered_cache.kernels import checks
 from hf_tiered_cache.layout import BlockLayout
-from hf_tiered_cache.store.files import Extent, OpenBlock
+from hf_tiered_cache.store.files import OpenBlock
 
 MAX_DEAD_SNAPSHOTS = 16  # references kept before those to dead snapshots are dropped
 
@@ -36,13 +36,14 @@ class OwnedTables:
     """The tables of one cache, layer by layer, dropped when the last holder of this object goes:
     the cache, shallow copies of it, its layers, and handles on their keys and values.
 
-    `model` is the one that attends them, `find_guard` a weak reference to the guard of the
-    cache.
+    `model` is the one that attends them, `selection` says what of them, `find_guard` is a weak
+    reference to the guard of the cache.
     """
 
     def __init__(self, pool: BlockMemory) -> None:
         self.pool = pool
         self.model = ModelIdentity()
+        self.selection = pool.selection
         self.was_assigned = False
         """Whether keys or values came otherwise than from a model."""
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
@@ -220,18 +221,17 @@ class TieredLayer(CacheLayerMixin):
         layout: BlockLayout,
         device: torch.device,
         blocks: Sequence[OpenBlock],
-        extents: Sequence[Extent],
+        number: int,
         num_rows: int,
     ) -> None:
         """Let this layer, which is empty, hold the tokens of blocks of a store, the same in every
-        row: cold ones, read when they are attended. `extents` are this layer's parts of them."""
+        row: cold ones, read when they are attended. `number`: of the extent that is its part."""
         pool = self._owned.pool
         manager = pool.manager_of(layout, device)
         stored = pool.store_tier(manager)
         with manager.lock:
             table = manager.new_table(self._layer_idx, num_rows)
-            slots = [stored.adopt(*part) for part in zip(blocks, extents, strict=True)]
-            manager.adopt(table, slots)
+            manager.adopt(table, stored.adopt(blocks, number))
             self._go_on_with(manager, table)
 
     def _states(self, part: str) -> torch.Tensor | None:

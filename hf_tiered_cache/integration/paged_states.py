@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_tiered_cache.blocks.block_manager import BlockTable
 from hf_tiered_cache.blocks.offload_manager import OffloadManager
+from hf_tiered_cache.blocks.selection import SelectionPolicy
 from hf_tiered_cache.errors import BackwardError, UnsupportedInputError
 from hf_tiered_cache.integration.read_only import ReadOnlyTensor
 from hf_tiered_cache.layout import BlockLayout
@@ -92,6 +93,7 @@ class Owner(Protocol):
     """Whose tables snapshots show: while it lives, they are kept."""
 
     model: ModelIdentity  # the model that attends them
+    selection: SelectionPolicy  # what of them it attends
 
     def scan(self, manager: OffloadManager) -> Sequence[BlockTable]:
         """The manager's tables in the order a forward reads them."""
@@ -202,7 +204,7 @@ class Snapshot:
         with self.manager.read(self) as reading:
             for chunk in reading.chunks():
                 num_tokens = self.num_tokens - chunk.first * layout.block_tokens
-                slab, slots = reading.slab(chunk), chunk.slots.long()
+                slab, slots = reading.view(chunk).decoded(chunk.slots)
                 # [batch, blocks, kv_heads, block_tokens, dim] -> tokens of a head side by side
                 views = [getattr(layout, part)(slab)[slots].transpose(1, 2) for part in parts]
                 yield [view.flatten(2, 3)[:, :, :num_tokens] for view in views]

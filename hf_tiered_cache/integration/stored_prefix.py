@@ -32,6 +32,7 @@ class StoredPrefix:
 
     def __init__(self, store: BlockStore) -> None:
         self.store = store
+        self.salt = store.salt
         self.record = TokenRecord()
         self.space: bytes | None = None  # of the model whose tokens are held
         self.restored_tokens = 0
@@ -41,6 +42,7 @@ class StoredPrefix:
     def copy(self) -> "StoredPrefix":
         """The same, for a fork of the cache."""
         other = StoredPrefix(self.store)
+        other.salt = self.salt
         other.record = self.record.copy()
         other.space, other.restored_tokens = self.space, self.restored_tokens
         other._num_published = self._num_published
@@ -91,7 +93,7 @@ class StoredPrefix:
         if model.training:
             told.ids, told.reason = None, "the model was in training mode"
         elif self.space is None and not told.reason:
-            self.space = model_space(model, self.store.salt)
+            self.space = model_space(model, self.salt)
         return told
 
     def begins_with(self, ids: torch.Tensor) -> None:
@@ -120,7 +122,7 @@ class StoredPrefix:
         """The blocks of the longest prefix of `ids` (one row) that are there and fit `layers`; at
         least one token is left to be computed. asked: tokens in a block, where the cache's config
         told."""
-        self.space = space = model_space(model, self.store.salt)
+        self.space = space = model_space(model, self.salt)
         if why := why_not_stored(layers):
             self.store.bypass(why)
             return []
@@ -129,32 +131,48 @@ class StoredPrefix:
         found = self.store.find(space, keys.block_keys(space, given, block_tokens))
         return found[: _num_fitting(found, len(layers), block_tokens)]
 
+    def names(self, layers: Sequence[Any], owned: OwnedTables) -> tuple[bytes, list[bytes]] | None:
+        """(the namespace, the keys of the full blocks of the first row); None where they have no
+        name."""
+        block_tokens = self._block_tokens(owned)
+        ids, space = self.record.ids, self.space
+        if self._why_unnamed(layers, owned) or not block_tokens or ids is None or space is None:
+            return None
+        return space, keys.block_keys(space, ids[0].tolist(), block_tokens)
+
+    def _why_unnamed(self, layers: Sequence[Any], owned: OwnedTables) -> str:
+        """Why the tokens held do not tell what the blocks hold; empty where they do."""
+        if reason := self.record.reason or why_not_stored(layers):
+            return reason
+        if owned.was_assigned:
+            return "keys or values were assigned"
+        held = [owned.table(number) for number in range(len(layers))]
+        lengths = {0 if one is None else one[1].num_tokens for one in held}
+        if lengths != {self.record.num_tokens}:
+            return "tokens came otherwise than by a forward of a model"
+        return ""
+
+    def _block_tokens(self, owned: OwnedTables) -> int:
+        """Tokens in a block, the same in all layers; 0 where there are none, or they differ."""
+        sizes = {table.layout.block_tokens for table in owned.tables}
+        return sizes.pop() if len(sizes) == 1 else 0
+
     def published(
         self, layers: Sequence[Any], owned: OwnedTables, model: torch.nn.Module | None
     ) -> "Published | None":
         """The full blocks that the store lacks, forked; None where there are none, or they have no
         name."""
-        reason = self.record.reason or why_not_stored(layers)
-        tables = [owned.table(number) for number in range(len(layers))]
-        held = {0 if one is None else one[1].num_tokens for one in tables}
-        if not reason and held != {self.record.num_tokens}:
-            reason = "tokens came otherwise than by a forward of a model"
-        if reason:
-            self.store.bypass(reason)
+        if why := self._why_unnamed(layers, owned):
+            self.store.bypass(why)
             return None
-        if owned.was_assigned:
-            self.store.bypass("keys or values were assigned")
+        block_tokens = self._block_tokens(owned)
+        if not block_tokens or self.record.ids is None or self.space is None:
             return None
-        present = [one for one in tables if one is not None]
-        sizes = {table.layout.block_tokens for _, table in present}
-        if len(sizes) != 1 or self.record.ids is None or self.space is None:
-            return None
-        block_tokens = sizes.pop()
         num_full = self.record.num_tokens // block_tokens
         first, self._num_published = min(self._num_published, num_full), num_full
         if first == num_full:
             return None
-        if model is not None and model_space(model, self.store.salt) != self.space:
+        if model is not None and model_space(model, self.salt) != self.space:
             self.record.forget("the model changed while the cache was in use")
             return None
         names = [keys.block_keys(self.space, row.tolist(), block_tokens) for row in self.record.ids]
@@ -254,8 +272,7 @@ def restore_layers(
     try:
         for number, layer in enumerate(layers):
             device = devices.get(number, getattr(model, "device", torch.device("cpu")))
-            extents = [block.header.extents[number] for block in found]
-            layer.begin_with(_layout(found[0], number), device, found, extents, num_rows)
+            layer.begin_with(_layout(found[0], number), device, found, number, num_rows)
     except BaseException:
         for layer in layers:
             layer.reset()
@@ -302,15 +319,17 @@ def _default_block_tokens(model: torch.nn.Module) -> int:
 
 def _num_fitting(found: Sequence[OpenBlock], num_layers: int, block_tokens: int) -> int:
     """How many of the blocks, from the first, have just these layers."""
+    if not found or found[0].header.table["layer"].tolist() != list(range(num_layers)):
+        return 0
+    alike = (found[0].header.shapes, block_tokens)
     for number, block in enumerate(found):
-        layers = [extent.layer for extent in block.header.extents]
-        if layers != list(range(num_layers)) or block.header.num_tokens != block_tokens:
+        if (block.header.shapes, block.header.num_tokens) != alike:
             return number
     return len(found)
 
 
 def _layout(block: OpenBlock, layer: int) -> BlockLayout:
-    extent = block.header.extents[layer]
+    extent = block.header.extent(layer)
     kv_heads, block_tokens, key_dim, value_dim = extent.shape
     return BlockLayout(kv_heads, key_dim, value_dim, block_tokens, _DTYPES[extent.dtype])
 

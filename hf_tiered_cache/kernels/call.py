@@ -33,6 +33,9 @@ class AttentionCall(NamedTuple):
     # [heads]: one more score per head that has no value; the log-sum-exp counts it. Folding blocks
     # into a running state leaves it to `ops.finish_attention`.
     sinks: Tensor | None = None
+    # True: blocks of some positions are not shown, and so not attended. To those who take every
+    # view by its own first position it makes no difference.
+    has_gaps: bool | None = None
 
     def beyond(self, known: frozenset[str]) -> list[str]:
         """Names of the facts given that are not among `known`."""

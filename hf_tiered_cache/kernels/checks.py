@@ -55,11 +55,12 @@ def check_append(keys: Tensor, values: Tensor, view: BlockView, start_token: int
     offset, tokens = start_token - view.first_token, keys.size(2)
     if offset < 0:
         refuse("start_token", start_token, f"first_token {view.first_token}, or later")
-    needed = view.layout.num_blocks(offset + tokens)
-    if view.table.size(1) < needed:
+    num_blocks = view.table.size(1)
+    if num_blocks * view.layout.block_tokens < offset + tokens:
+        needed = view.layout.num_blocks(offset + tokens)
         refuse(
             "table num_blocks",
-            view.table.size(1),
+            num_blocks,
             f"at least {needed} for {tokens} tokens from position {start_token}",
         )
 

@@ -23,7 +23,17 @@ DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc:
 
 # What `Core.attend` knows of a call; `ops` gives it no other.
 KNOWN_FACTS = frozenset(
-    ("kv_tokens", "query_start", "scale", "causal", "starts", "mask", "softcap", "sinks")
+    (
+        "kv_tokens",
+        "query_start",
+        "scale",
+        "causal",
+        "starts",
+        "mask",
+        "softcap",
+        "sinks",
+        "has_gaps",
+    )
 )
 
 
@@ -126,10 +136,17 @@ class CpuCore(Core):
             raise UnsupportedInputError(f"append_tokens: {error}") from None
 
 
+# Asked for every launch, as torch's own compiled code does (2.0 to 2.13): `current_stream` makes a
+# Stream in Python for the same number. Missing where torch is built without CUDA.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def current_place(tensor: Tensor) -> tuple[int, int]:
     """The tensor's CUDA device and the stream that torch works on there: (index, handle)."""
-    stream = torch.cuda.current_stream(tensor.device)
-    return stream.device_index, stream.cuda_stream
+    device = tensor.get_device()
+    if _raw_stream is None:
+        return device, torch.cuda.current_stream(device).cuda_stream
+    return device, _raw_stream(device)
 
 
 class CudaCore(Core):

@@ -128,6 +128,12 @@ def missing_core(device: torch.device) -> str:
     return "compiled kernels are for cpu and cuda"
 
 
+@lru_cache(maxsize=1)
+def _environment_says_reference() -> bool:
+    """As it was at the first call of the process: to look is a tenth of a layer's Python."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) == REFERENCE
+
+
 @cache
 def _device_kernel(device_type: str) -> Kernel:
     """The kernel for tensors that are not on the CPU; says once why it is not a compiled one."""
@@ -152,8 +158,8 @@ def _kernel_on(device_type: str) -> Kernel:
     if device_type == "cpu":
         return chosen_kernel()
     forced = _forced.get()
-    name = os.environ.get(ENVIRONMENT_VARIABLE) if forced is None else forced.name
-    return _REFERENCE_KERNEL if name == REFERENCE else _device_kernel(device_type)
+    is_reference = _environment_says_reference() if forced is None else forced.name == REFERENCE
+    return _REFERENCE_KERNEL if is_reference else _device_kernel(device_type)
 
 
 def backend(device: torch.device | str = "cpu") -> str:

@@ -105,7 +105,8 @@ def paged_attention(
         attend_blocks(state, query, view, call)
         return finish_attention(state, out, sinks=call.sinks)
     lse = query.new_empty(shape[:3], dtype=torch.float32) if return_lse else _NO_LSE
-    core.attend(query, view, call, None, out_pointers(out, lse, _as_float32(call.sinks)))
+    sinks = None if call.sinks is None else _as_float32(call.sinks)
+    core.attend(query, view, call, None, out_pointers(out, lse, sinks))
     return AttentionState(out, lse)
 
 
@@ -163,7 +164,8 @@ def finish_attention(
     if core is None or out.dtype not in DTYPE_NUMBERS or not _is_compiled_state(state):
         return AttentionState(out, reference.finish_attention(state, out, sinks))
     lse = state.sum.new_empty(shape[:3])
-    core.finish(state, out.dtype, out_pointers(out, lse, _as_float32(sinks)))
+    sinks = None if sinks is None else _as_float32(sinks)
+    core.finish(state, out.dtype, out_pointers(out, lse, sinks))
     return AttentionState(out, lse)
 
 
@@ -198,7 +200,8 @@ def not_supported_reasons(query: Tensor, layout: BlockLayout, call: AttentionCal
 
 def _is_for_flash(query: Tensor, layout: BlockLayout, call: AttentionCall) -> bool:
     """Whether torch's flash attention does this best: prefill on a CUDA device."""
-    return query.is_cuda and not flash.not_supported_reasons(query, layout, call)
+    is_prefill = query.is_cuda and query.shape[2] >= flash.MIN_QUERIES
+    return is_prefill and not flash.not_supported_reasons(query, layout, call)
 
 
 def _core_for(query: Tensor, layout: BlockLayout, call: AttentionCall) -> Core | None:
@@ -215,5 +218,5 @@ def _is_compiled_state(state: RunningState) -> bool:
     )
 
 
-def _as_float32(sinks: Tensor | None) -> Tensor | None:
-    return None if sinks is None else sinks.detach().to(torch.float32).contiguous()
+def _as_float32(sinks: Tensor) -> Tensor:
+    return sinks.detach().to(torch.float32).contiguous()

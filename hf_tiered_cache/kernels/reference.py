@@ -19,7 +19,18 @@ from hf_tiered_cache.kernels.state import AttentionState, RunningState, weight
 from hf_tiered_cache.kernels.view import BlockView
 
 KNOWN_FACTS = frozenset(
-    ("kv_tokens", "query_start", "scale", "causal", "starts", "mask", "bias", "softcap", "sinks")
+    (
+        "kv_tokens",
+        "query_start",
+        "scale",
+        "causal",
+        "starts",
+        "mask",
+        "bias",
+        "softcap",
+        "sinks",
+        "has_gaps",
+    )
 )
 SCORES_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time; queries are sliced to keep to it
 
@@ -55,13 +66,14 @@ def attend_blocks(state: RunningState, query: Tensor, view: BlockView, call: Att
     layout = view.layout
     heads, num_queries = query.shape[1], query.shape[2]
     step = max(1, SCORES_ELEMENTS // (query.shape[0] * heads * layout.block_tokens))
-    for column, slots in enumerate(view.device_table.long().unbind(1)):
+    for column, slots in enumerate(view.device_table.unbind(1)):
         first = view.first_token + column * layout.block_tokens
         count = min(layout.block_tokens, call.kv_tokens - first)
         if count <= 0:
             break
-        keys = layout.keys(view.blocks)[slots, :, :count].to(state.acc.dtype)
-        values = layout.values(view.blocks)[slots, :, :count].to(state.acc.dtype)
+        blocks, slots = view.decoded(slots)
+        keys = layout.keys(blocks)[slots, :, :count].to(state.acc.dtype)
+        values = layout.values(blocks)[slots, :, :count].to(state.acc.dtype)
         positions = torch.arange(first, first + count, device=query.device)
         for begin in range(0, num_queries, step):
             part = slice(begin, min(begin + step, num_queries))

@@ -1,13 +1,20 @@
 """`BlockView`: the blocks of a table as the kernels see them, checked once, attended many times."""
 
 from dataclasses import dataclass, field
-from typing import Never
+from typing import Never, Protocol
 
 import torch
 from torch import Tensor
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.layout import BlockLayout
+
+
+class BlockDecoder(Protocol):
+    """What opens encoded blocks; a `tiers.codecs.Codec` is one."""
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        """Write into `out` the block that `encoded` begins with; uint8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +26,10 @@ class BlockView:
     UnsupportedInputError for anything else. Both tensors must keep their memory as long as the
     view is used.
 
+    codec: what decodes the blocks of complemented slots (`~slot`), which are encoded at the start
+    of theirs; None: there are none. On the CPU only; the compiled kernels attend them as they are,
+    so it must be one that they know (`Codec.is_attended`).
+
     Where the blocks are, their table must be too: one on the CPU is checked and sent to the blocks'
     device once, here, as `device_table`. Slots of CPU blocks are checked where they are read; those
     of a table that was on the device already cannot be without waiting for it, so the kernels
@@ -29,6 +40,7 @@ class BlockView:
     table: Tensor
     layout: BlockLayout
     first_token: int = 0
+    codec: BlockDecoder | None = None
     batch: int = field(init=False)
     device_table: Tensor = field(init=False, repr=False)  # int32 [batch, n] beside the blocks
     # Handle of the CUDA stream on which `device_table` was made; None where it was given.
@@ -61,6 +73,7 @@ class BlockView:
             table.stride(0),
             table.size(1),
             self.first_token,
+            self.codec is not None,
         )
         object.__setattr__(self, "core_arguments", core_arguments)
 
@@ -70,6 +83,19 @@ class BlockView:
         memory at once when the view has gone, is told."""
         if self.table_stream is not None and self.table_stream != stream:
             self.device_table.record_stream(torch.cuda.current_stream(self.device_table.device))
+
+    def decoded(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks as uint8 `[n, block bytes]`, and where in them those of `slots`, of any shape, are
+        decoded: in the slab, if none of them is encoded, else in memory of their own."""
+        if self.codec is None or not (slots < 0).any():
+            return self.blocks, slots.long()
+        own = self.blocks.new_empty((slots.numel(), self.blocks.size(1)))
+        for block, slot in zip(own, slots.flatten().tolist(), strict=True):
+            if slot < 0:
+                self.codec.decode(self.blocks[~slot], block)
+            else:
+                block.copy_(self.blocks[slot])
+        return own, torch.arange(slots.numel()).view(slots.shape)
 
     def check_slots(self) -> None:
         """Raise UnsupportedInputError if a slot of the CPU's table is outside the slab."""
@@ -95,6 +121,8 @@ class BlockView:
             refuse("table strides", table.stride(), "a contiguous last dimension")
         if not table.is_cpu and table.device != blocks.device:
             refuse("table device", table.device, f"cpu, or that of the blocks, {blocks.device}")
+        if self.codec is not None and not blocks.is_cpu:
+            refuse("codec", f"one for blocks on {blocks.device}", "blocks on the CPU, or None")
         if self.first_token < 0 or self.first_token % layout.block_tokens != 0:
             refuse(
                 "first_token", self.first_token, f"a multiple of block_tokens {layout.block_tokens}"

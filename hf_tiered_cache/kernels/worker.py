@@ -25,7 +25,9 @@ from hf_tiered_cache.kernels.view import BlockView
 from hf_tiered_cache.layout import BlockLayout
 
 # What a job knows of a call: nothing that masks but by position.
-KNOWN_FACTS = frozenset(("kv_tokens", "query_start", "scale", "causal", "softcap", "sinks"))
+KNOWN_FACTS = frozenset(
+    ("kv_tokens", "query_start", "scale", "causal", "softcap", "sinks", "has_gaps")
+)
 SPARE_PROCESSORS = 2
 PROBE_ROUNDS = 3
 PROBE_WAIT_SECONDS = 0.1  # at most this long is not interruptible

@@ -42,6 +42,32 @@ class Counters:
 
 
 @dataclass
+class SpeculationCounters:
+    """Running totals of what `speculate` did with a cache."""
+
+    passes: int = 0  # that read the cold blocks, with or without guesses to check
+    drafted: int = 0  # tokens guessed
+    accepted: int = 0  # of these, as the model said itself
+    tokens: int = 0  # that came of the passes
+    draft_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    saved_bytes: int = 0  # that as many passes as tokens would have loaded besides
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens for each time that the cold blocks were read; 1 without speculation."""
+        return self.tokens / self.passes if self.passes else 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"speculation: {self.tokens_per_pass:.1f} tokens a pass ({self.tokens:,} in "
+            f"{self.passes:,}), {self.accepted:,} of {self.drafted:,} drafted tokens accepted; "
+            f"drafts {self.draft_seconds:.1f} s, passes {self.pass_seconds:.1f} s; about "
+            f"{format_bytes(self.saved_bytes)} of loads saved"
+        )
+
+
+@dataclass
 class LaneCounters:
     """Running totals of one lane: the way of blocks in host memory to attention."""
 
@@ -90,6 +116,8 @@ class TierStats:
 
     name: str
     blocks: int  # blocks whose bytes are here (a block may be in several tiers)
+    raw_bytes: int  # what these take as they are ...
+    packed_bytes: int  # ... and what they take here
     used_bytes: int  # taken out of the budget, staging included
     peak_bytes: int
     budget_bytes: int
@@ -115,6 +143,9 @@ class CacheStats:
     untiered_layers: int = 0
     untiered_tokens: int = 0  # of the longest; of a window all that it has seen
     untiered_bytes: int = 0  # with the linear states of layers that have blocks
+    attend: str = "all"  # the selection policy: what of the blocks attention reads
+    is_exact: bool = True  # all of them
+    speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
 
     @property
     def hit_share(self) -> float:
@@ -141,6 +172,8 @@ class CacheStats:
             f"{self.num_tokens:,} tokens x {self.batch} in {self.num_layers} layers, blocks of "
             f"{self.block_tokens} tokens ({format_bytes(self.block_bytes)}), kernel {self.kernel}"
         ]
+        if not self.is_exact:
+            lines.append(f"  approximate: attention leaves blocks out (attend={self.attend!r})")
         for row in rows:
             left = "  ".join(
                 cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)
@@ -149,6 +182,12 @@ class CacheStats:
                 cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
             )
             lines.append(f"  {left}  {right}")
+        lines += [
+            f"  {tier.name} packed: {format_bytes(tier.raw_bytes)} of blocks in "
+            f"{format_bytes(tier.packed_bytes)} (x{tier.raw_bytes / tier.packed_bytes:.2f})"
+            for tier in self.tiers
+            if tier.packed_bytes < tier.raw_bytes
+        ]
         if self.untiered_bytes:
             lines.append(
                 f"  beside the blocks, in no budget: {format_bytes(self.untiered_bytes)} in "
@@ -156,6 +195,8 @@ class CacheStats:
                 f"{self.untiered_tokens:,} tokens)"
             )
         lines += [f"  {lane}" for lane in self.lanes]
+        if self.speculation.passes:
+            lines.append(f"  {self.speculation}")
         count = self.counters
         lines.append(
             f"  loads {count.loads:,} ({format_bytes(count.loaded_bytes)}), waited "

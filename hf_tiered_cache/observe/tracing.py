@@ -23,6 +23,7 @@ from hf_tiered_cache.observe.trace_export import Span, TransferSpan, chrome_even
 from hf_tiered_cache.sizes import format_bytes
 
 ATTENTION, ATTEND, MERGE = "attention", "attend", "merge"
+DRAFT, VERIFY = "draft", "verify"
 LOAD_WAIT, STORE_WAIT = "load_wait", "store_wait"
 WAITS = (LOAD_WAIT, STORE_WAIT)
 LOAD, STORE = "load", "store"

@@ -1,5 +1,6 @@
 """The caches of chats between their turns: parked, found again by their tokens, dropped in turn.
 
+The store, where there is one, is the second line: what was dropped, or computed before a restart.
 All are forks of one empty cache, so they share its tiers and budgets, and blocks of prompts they
 have in common. A request gets a fork of the parked cache with which it shares the most tokens, cut
 to exactly those; the parked one stays for who else continues there.
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from hf_tiered_cache.integration.cache import TieredCache
 
@@ -36,10 +38,23 @@ class Conversations:
     def __len__(self) -> int:
         return len(self._parked)
 
-    def open(self, ids: torch.Tensor, tenant: str) -> TieredCache:
+    def open(self, ids: torch.Tensor, tenant: str, model: PreTrainedModel) -> TieredCache:
         """A cache that holds a prefix of `ids` (int64 `[tokens]`) as long as the tenant's parked
-        ones have it, but without the last token, whose logits are still to be computed."""
-        wanted = ids.cpu().numpy()[:-1]
+        ones have it, or the store has it of this model; but without the last token, whose logits
+        are still to be computed."""
+        parked = self._fork_parked(ids[:-1].cpu().numpy(), tenant)
+        fresh = copy.deepcopy(self.root)
+        if self.root.store is not None and len(ids) > 1:
+            fresh.restore(ids, model, salt=tenant.encode())
+        if parked is None or fresh.get_seq_length() > parked.get_seq_length():
+            best, other = fresh, parked
+        else:
+            best, other = parked, fresh
+        if other is not None:
+            other.close()
+        return best
+
+    def _fork_parked(self, wanted: np.ndarray, tenant: str) -> TieredCache | None:
         mine = [it for it in self._parked if it.tenant == tenant]
         for parked in sorted(mine, key=lambda it: -common_prefix(it.ids, wanted)):
             length = common_prefix(parked.ids, wanted)
@@ -55,7 +70,7 @@ class Conversations:
             self._parked.remove(parked)
             self._parked.append(parked)
             return fork
-        return copy.deepcopy(self.root)
+        return None
 
     def park(self, cache: TieredCache, ids: list[int], prompt_tokens: int, tenant: str) -> None:
         """Keep a cache that holds exactly `ids`. It takes the place of those whose prompt it
@@ -77,10 +92,12 @@ class Conversations:
         return True
 
     def close(self) -> None:
-        """Drop all, and the tiers with them."""
+        """Drop all, and the tiers and the store with them."""
         while self.drop_oldest():
             pass
         self.root.close()
+        if self.root.store is not None:
+            self.root.store.close()
 
     def _drop(self, parked: _Parked) -> None:
         self._parked.remove(parked)

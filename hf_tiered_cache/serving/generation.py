@@ -9,7 +9,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 from transformers.utils import logging
 
-from hf_tiered_cache.errors import OutOfBlocksError
+from hf_tiered_cache.errors import OutOfBlocksError, TierIOError
+from hf_tiered_cache.observe.metrics import span
 from hf_tiered_cache.serving import turns
 from hf_tiered_cache.serving.conversations import Conversations
 from hf_tiered_cache.serving.instruments import Instruments
 from hf_tiered_cache.serving.requests import Failure, Request, current_request
+from hf_tiered_cache.serving.utilisation import ModelFlops
 
 logger = logging.get_logger(__name__)
 
@@ -51,9 +53,11 @@ class TieredGenerateManager(GenerateManager):
         thread: turns.TurnThread,
         conversations: Conversations,
         instruments: Instruments,
+        flops: ModelFlops,
         chunk: int,
     ) -> None:
         self._thread = thread
+        self._flops = flops
         self._conversations = conversations
         self._instruments = instruments
         self._chunk = chunk
@@ -92,7 +96,8 @@ class TieredGenerateManager(GenerateManager):
                     400, f"the prompt has {prompt} tokens; the model was made for {limit} in all"
                 )
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, limit - prompt)
-        return Generation(model, request, self._conversations, self._instruments, self._chunk)
+        parts = self._conversations, self._instruments, self._flops
+        return Generation(model, request, *parts, self._chunk)
 
 
 class Generation:
@@ -104,9 +109,11 @@ class Generation:
         request: Request,
         conversations: Conversations,
         instruments: Instruments,
+        flops: ModelFlops,
         chunk: int,
     ) -> None:
         self._model = model
+        self._flops = flops
         self._request = request
         self._conversations = conversations
         self._instruments = instruments
@@ -122,16 +129,22 @@ class Generation:
             began = perf_counter()
             self._is_text = FOR_TEXT.issuperset(kwargs)
             known = prompt[0] if self._is_text else prompt[0, :0]
-            self._cache = self._conversations.open(known, request.tenant)
+            with span("lookup"):
+                self._cache = self._conversations.open(known, request.tenant, self._model)
             request.cached_tokens = self._cache.get_seq_length()
             self._ids = prompt[0, : request.cached_tokens].tolist()
-            self._instruments.note_lookup(request, perf_counter() - began)
+            self._instruments.note_lookup(
+                request, self._cache.restored_tokens, perf_counter() - began
+            )
+            has_store = self._cache.store is not None
+            publishing = self._cache.publishing() if has_store else nullcontext()
             try:
-                if self._is_text:
-                    self._feed(prompt[:, request.cached_tokens : -1])
-                return in_turns(self._model, self._forward).generate(
-                    **kwargs, past_key_values=self._cache
-                )
+                with publishing:
+                    if self._is_text:
+                        self._feed(prompt[:, request.cached_tokens : -1])
+                    return in_turns(self._model, self._forward).generate(
+                        **kwargs, past_key_values=self._cache
+                    )
             finally:
                 self._park()
 
@@ -158,6 +171,7 @@ class Generation:
         return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def _park(self) -> None:
+        self._instruments.note_stats(self._cache.stats())
         length = self._cache.get_seq_length()
         if self._is_text and 0 < length <= len(self._ids):
             ids = self._ids[:length]
@@ -199,17 +213,26 @@ class Generation:
         """The same now. Where the cache's tiers are full, parked conversations go, the oldest
         first; then other requests are waited for."""
         past = self._cache.get_seq_length()
+        may_repair = True
         began = perf_counter()
         while True:
             try:
-                outputs = call()
+                with span("prefill chunk" if input_ids.shape[1] > 1 else "decode step"):
+                    outputs = call()
                 break
             except OutOfBlocksError:
                 if not self._conversations.drop_oldest() and not self._wait():
                     raise
+            except TierIOError:  # what was read is damaged: compute it again, once
+                if not may_repair:
+                    raise
+                logger.exception("a block could not be read; its tokens are computed again")
+                may_repair = False
+                self._feed_again(self._forget())
         del self._ids[past:]
         self._ids += input_ids[0].tolist()
-        self._instruments.note_forward(input_ids.shape[1], past, perf_counter() - began)
+        flops = self._flops.count(input_ids.shape[1], past)
+        self._instruments.note_forward(input_ids.shape[1], flops, perf_counter() - began)
         return outputs
 
     def _wait(self) -> bool:
@@ -218,15 +241,22 @@ class Generation:
             with self._randomness.others():
                 return turns.wait_for_memory()
         except turns.PreemptedError:
-            pass
-        known, self._ids = self._ids, []
-        self._cache.crop(-self._cache.get_seq_length())
+            known = self._forget()
         self._instruments.preempted.inc()
         with self._randomness.others():
             turns.wait_for_memory()
         turns.take_back()
-        self._feed(torch.tensor([known], device=self._model.device))
+        self._feed_again(known)
         return True
+
+    def _forget(self) -> list[int]:
+        """Empty the cache; the ids that it held."""
+        known, self._ids = self._ids, []
+        self._cache.crop(-self._cache.get_seq_length())
+        return known
+
+    def _feed_again(self, ids: list[int]) -> None:
+        self._feed(torch.tensor([ids], device=self._model.device))
 
 
 class OwnRandomness:
@@ -286,4 +316,5 @@ def _class_in_turns(kind: Any) -> Any:
         return self.forward_in_turn(functools.partial(kind.__call__, self), args, kwargs)
 
     names = {"__slots__": ("forward_in_turn",), "__call__": call, "__module__": kind.__module__}
+    names["__qualname__"] = kind.__qualname__  # part of a stored block's key
     return type(kind.__name__, (kind,), names)

@@ -1,6 +1,7 @@
 """The parts of the server put together: `Server`, and `run`, which serves until it is ended."""
 
 import inspect
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from hf_tiered_cache.serving.handlers import ChatHandler, ResponsesHandler, Text
 from hf_tiered_cache.serving.instruments import Instruments
 from hf_tiered_cache.serving.requests import Requests
 from hf_tiered_cache.serving.turns import TurnThread
+from hf_tiered_cache.serving.utilisation import ModelFlops, probe_flops
+from hf_tiered_cache.sizes import AUTO
+from hf_tiered_cache.store.block_store import BlockStore
 
 GRACE_SECONDS = 10  # for answers under way when the server is told to end
 
@@ -33,6 +37,8 @@ class Settings:
     dtype: str = "auto"
     attention: str | None = None
     cache: dict[str, Any] = field(default_factory=dict)  # arguments of the shared TieredCache
+    store: str | os.PathLike[str] | None = None  # folder of blocks that outlive the server
+    store_bytes: int | str = AUTO
     chunk: int = 512  # prompt tokens per forward
     max_num_seqs: int = 4  # interleaved
     max_num_parked: int = 64
@@ -73,12 +79,20 @@ class Server:
         if settings.attention is not None:
             self.model.set_attn_implementation(settings.attention)
         self.instruments = Instruments()
-        root = TieredCache(self.model.config, **settings.cache)
+        store = None
+        if settings.store is not None:
+            store = BlockStore(settings.store, capacity_bytes=settings.store_bytes)
+        root = TieredCache(self.model.config, store=store, **settings.cache)
         self.conversations = Conversations(root, settings.max_num_parked)
         self.instruments.parked.set_function(lambda: len(self.conversations))
+        self.instruments.peak_flops.set(probe_flops(self.model))
         self.thread = TurnThread(settings.max_num_seqs)
         manager = TieredGenerateManager(
-            self.thread, self.conversations, self.instruments, settings.chunk
+            self.thread,
+            self.conversations,
+            self.instruments,
+            ModelFlops(self.model),
+            settings.chunk,
         )
         state = State(manager)
         ours = {

@@ -14,16 +14,16 @@ journal.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
-
-from transformers.utils import logging
 
 from hf_tiered_cache.errors import ConfigError, TierIOError, io_error
 from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
@@ -34,7 +34,7 @@ from hf_tiered_cache.store.journal import Event, Journal, Record, TornJournalErr
 from hf_tiered_cache.store.policies import EvictionPolicy
 from hf_tiered_cache.store.publisher import Publisher
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 INGEST_MODES = ("all", "hot")
 LOAD_FAILURE_MODES = ("recompute", "raise")
@@ -78,7 +78,6 @@ class Listed:
     num_tokens: int
     number: int  # of the block in its sequence
     created_ns: int
-    used_ns: int
     is_pinned: bool
 
 
@@ -109,7 +108,7 @@ class BlockStore:
         root: the folder; made, mode 0700, where there is none.
         capacity_bytes: of all block files together, a hard cap over all processes (each of them
             writes a batch of up to 64 MiB beside it, unnamed, before it is let in). "auto": four
-            fifths of what is free.
+            fifths of what is free or held by it, and never less than it holds.
         eviction: which block leaves a full store: "lru", "fifo", "s3fifo", or a policy of your own
             as "module:Class".
         ingest: "all" that is published, or "hot": what is published for the second time.
@@ -156,10 +155,9 @@ class BlockStore:
         self.salt = salt.encode() if isinstance(salt, str) else salt
         self._durability = durability
         self._root_fd = _open_root(self.root)
-        if capacity == AUTO:
-            status = os.fstatvfs(self._root_fd)
-            capacity = int(AUTO_SHARE * status.f_bavail * status.f_frsize)
-        self.capacity_bytes = int(capacity)
+        status = os.fstatvfs(self._root_fd)
+        free_bytes = status.f_bavail * status.f_frsize
+        self.capacity_bytes = free_bytes if capacity == AUTO else int(capacity)
         self._policy: Callable[[int], EvictionPolicy] = policy
         self._mutex = threading.RLock()
         self._lock_fd = os.open(
@@ -173,6 +171,10 @@ class BlockStore:
         self.publisher = Publisher(self._publishing_failed)
         with self._locked():
             self._catch_up()
+            if capacity == AUTO:
+                free_bytes += self._index.num_bytes
+                self.capacity_bytes = max(int(AUTO_SHARE * free_bytes), self._index.num_bytes)
+                self._index.policy.capacity_bytes = self.capacity_bytes
 
     # Reading
 
@@ -201,7 +203,7 @@ class BlockStore:
             self.quarantine(space, key, error)
         except OSError as error:
             self.counters["errors"] += 1
-            logger.warning_once(
+            _warn_once(
                 f"the store {self.root} cannot be read ({error.strerror}): blocks are computed anew"
             )
         return None
@@ -358,12 +360,12 @@ class BlockStore:
     def bypass(self, reason: str) -> None:
         """Count, and tell once, that something went past the store."""
         self.counters["bypassed"] += 1
-        logger.warning_once(f"the store is bypassed where {reason}")
+        _warn_once(f"the store is bypassed where {reason}")
 
     def note_recompute(self, error: Exception) -> None:
         """Blocks that were found could not be read; what they held is computed anew."""
         self.counters["recomputed"] += 1
-        logger.warning_once(f"blocks of the store could not be read and are computed anew: {error}")
+        _warn_once(f"blocks of the store could not be read and are computed anew: {error}")
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything that was published is written; False where that took too long."""
@@ -371,7 +373,7 @@ class BlockStore:
 
     def _publishing_failed(self, error: Exception) -> None:
         self.counters["publish_errors"] += 1
-        logger.warning_once(f"blocks could not be published to {self.root}: {error}")
+        _warn_once(f"blocks could not be published to {self.root}: {error}")
         if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             self._is_read_only = True
 
@@ -422,7 +424,7 @@ class BlockStore:
             header = block.header
             yield Listed(
                 *(key.hex(), header.space.hex(), header.parent.hex(), status.st_size),
-                *(header.num_tokens, header.number, header.created_ns, status.st_mtime_ns),
+                *(header.num_tokens, header.number, header.created_ns),
                 key in pinned,
             )
             block.close()
@@ -589,6 +591,11 @@ class BlockStore:
                 space = known if known is not None and known.hex()[:16] == folder.name else space
                 if space is not None:
                     yield space, key, status
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _reopened(root: str, knobs: dict[str, Any]) -> BlockStore:

@@ -23,8 +23,9 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import numpy as np
 import xxhash
 
 from hf_tiered_cache.errors import TierIOError
@@ -42,8 +43,14 @@ CODEC_RAW = 0
 # magic, major, minor, header length, file length, codec, reserved, extents,
 # key, parent, namespace, tokens, number of the block, rank, world, created (ns since 1970)
 _FIXED = struct.Struct("<8sHHIQHHI32s32s32sIIHHQ")
-# layer, kind, dtype, shape, offset, stored bytes, raw bytes, xxh3_128
-_EXTENT = struct.Struct("<IHH4IQQQ16s")
+_TABLE = np.dtype(  # packed: 64 bytes a record
+    [
+        *(("layer", "<u4"), ("kind", "<u2"), ("dtype", "<u2"), ("shape", "<u4", 4)),
+        *(("offset", "<u8"), ("stored", "<u8"), ("raw", "<u8")),
+        ("checksum", "u1", 16),  # xxh3_128 of the stored bytes
+    ]
+)
+_SHAPE = struct.Struct("<IHH4IQQQ")  # the same without the checksum
 _CHECKSUM_BYTES = 16
 _FOOTER = struct.Struct("<8sQ16s")
 
@@ -72,45 +79,62 @@ class Extent:
     kind: int = KIND_KV
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Header:
-    """What a block file says of itself."""
+    """What a block file says of itself. `table`: one `_TABLE` record for each extent; made into an
+    `Extent` where it is asked for, since a long prompt has many thousands."""
 
     key: bytes
     parent: bytes
     space: bytes
     num_tokens: int
     number: int  # of the block in its sequence
-    extents: tuple[Extent, ...]
+    table: np.ndarray
     created_ns: int = 0
     rank: int = 0
     world: int = 1
 
-    @cached_property
-    def header_bytes(self) -> int:
-        """Bytes before the first extent."""
-        return _round_up(_FIXED.size + len(self.extents) * _EXTENT.size + _CHECKSUM_BYTES)
+    def extent(self, number: int) -> Extent:
+        """The extent of that number; not that of a layer, where only some are stored."""
+        record = self.table[number]
+        return Extent(
+            int(record["layer"]),
+            int(record["dtype"]),
+            tuple(record["shape"].tolist()),
+            int(record["offset"]),
+            int(record["stored"]),
+            record["checksum"].tobytes(),
+            int(record["kind"]),
+        )
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """All of them."""
+        return tuple(map(self.extent, range(len(self.table))))
 
     @cached_property
+    def shapes(self) -> bytes:
+        """Equal for files whose extents differ in their bytes alone."""
+        return _shapes(self.table)
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first extent."""
+        return _round_up(_FIXED.size + len(self.table) * _TABLE.itemsize + _CHECKSUM_BYTES)
+
+    @property
     def file_bytes(self) -> int:
         """Bytes of the whole file."""
-        return self.header_bytes + sum(e.num_bytes for e in self.extents) + _FOOTER.size
+        return self.header_bytes + int(self.table["stored"].sum()) + _FOOTER.size
 
     def pack(self) -> bytes:
         """Page 0 (or more), ready to be written."""
         fixed = _FIXED.pack(
             *(MAGIC, MAJOR, MINOR, self.header_bytes, self.file_bytes, CODEC_RAW, 0),
-            *(len(self.extents), self.key, self.parent, self.space, self.num_tokens, self.number),
+            *(len(self.table), self.key, self.parent, self.space, self.num_tokens, self.number),
             *(self.rank, self.world, self.created_ns),
         )
-        table = b"".join(
-            _EXTENT.pack(
-                *(e.layer, e.kind, e.dtype, *e.shape),
-                *(e.offset, e.num_bytes, e.num_bytes, e.checksum),
-            )
-            for e in self.extents
-        )
-        body = (fixed + table).ljust(self.header_bytes - _CHECKSUM_BYTES, b"\0")
+        body = (fixed + self.table.tobytes()).ljust(self.header_bytes - _CHECKSUM_BYTES, b"\0")
         return body + xxhash.xxh3_128_digest(body)
 
     def footer(self, header: bytes) -> bytes:
@@ -133,14 +157,26 @@ def plan(
 ) -> Header:
     """The header of a file with these extents: (layer, dtype, shape, bytes) each, whose bytes are
     multiples of 4 KiB."""
-    offset = _round_up(_FIXED.size + len(layers) * _EXTENT.size + _CHECKSUM_BYTES)
+    offset = _round_up(_FIXED.size + len(layers) * _TABLE.itemsize + _CHECKSUM_BYTES)
     extents = []
     for layer, dtype, shape, data in layers:
         checksum = xxhash.xxh3_128_digest(data)
         extents.append(Extent(layer, dtype, shape, offset, len(data), checksum))
         offset += len(data)
     created = time.time_ns() if created_ns is None else created_ns
-    return Header(key, parent, space, num_tokens, number, tuple(extents), created)
+    return Header(key, parent, space, num_tokens, number, table_of(extents), created)
+
+
+def table_of(extents: Sequence[Extent]) -> np.ndarray:
+    """The extents as `Header` keeps them."""
+    table = np.zeros(len(extents), _TABLE)
+    for number, it in enumerate(extents):
+        checksum = np.frombuffer(it.checksum, np.uint8)
+        table[number] = (
+            *(it.layer, it.kind, it.dtype, it.shape, it.offset, it.num_bytes, it.num_bytes),
+            checksum,
+        )
+    return table
 
 
 def parse(data: bytes, file_bytes: int) -> Header:
@@ -159,7 +195,7 @@ def parse(data: bytes, file_bytes: int) -> Header:
         raise BlockFileError(f"codec {codec}, expected {CODEC_RAW}")
     if not 0 < num_extents <= MAX_EXTENTS:
         raise BlockFileError(f"{num_extents} extents, expected 1 to {MAX_EXTENTS}")
-    least = _FIXED.size + num_extents * _EXTENT.size + _CHECKSUM_BYTES
+    least = _FIXED.size + num_extents * _TABLE.itemsize + _CHECKSUM_BYTES
     if not least <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes):
         raise BlockFileError(f"a header of {header_bytes} bytes for {num_extents} extents")
     if header_bytes % ALIGNMENT_BYTES or len(data) < header_bytes:
@@ -169,18 +205,28 @@ def parse(data: bytes, file_bytes: int) -> Header:
         raise BlockFileError("the header's checksum differs")
     if length != file_bytes:
         raise BlockFileError(f"{file_bytes} bytes long, written with {length}")
-    extents, end = [], header_bytes
-    for at in range(_FIXED.size, _FIXED.size + num_extents * _EXTENT.size, _EXTENT.size):
-        layer, kind, dtype, a, b, c, d, offset, stored, raw, checksum = _EXTENT.unpack_from(
-            data, at
-        )
+    table = np.frombuffer(body, _TABLE, num_extents, _FIXED.size)
+    _check_table(_shapes(table), header_bytes, file_bytes)
+    return Header(key, parent, space, num_tokens, number, table, created, rank, world)
+
+
+def _shapes(table: np.ndarray) -> bytes:
+    """Everything in a table but the checksums, which are at the end of its records."""
+    width = _TABLE.itemsize - _CHECKSUM_BYTES
+    return table.view(np.uint8).reshape(len(table), _TABLE.itemsize)[:, :width].tobytes()
+
+
+@lru_cache(maxsize=64)  # nearly all files of a store are alike
+def _check_table(shapes: bytes, header_bytes: int, file_bytes: int) -> None:
+    """Raise BlockFileError unless the extents fill the file, one after the other."""
+    end = header_bytes
+    for at in range(0, len(shapes), _SHAPE.size):
+        layer, *_, offset, stored, raw = _SHAPE.unpack_from(shapes, at)
         if offset != end or stored != raw or stored == 0 or stored % ALIGNMENT_BYTES:
             raise BlockFileError(f"extent of layer {layer}: {stored} bytes at {offset}, not {end}")
         end += stored
-        extents.append(Extent(layer, dtype, (a, b, c, d), offset, stored, checksum, kind))
     if end + _FOOTER.size != file_bytes:
         raise BlockFileError(f"extents end at {end} of {file_bytes} bytes")
-    return Header(key, parent, space, num_tokens, number, tuple(extents), created, rank, world)
 
 
 def check_footer(data: bytes, header: bytes, file_bytes: int) -> None:

@@ -9,10 +9,6 @@ from typing import NamedTuple
 
 from hf_tiered_cache.store.policies.base import EvictionPolicy
 
-# A policy lets a block pass as often as it was read, and counts to a few; then it is the next one's
-# turn. A policy that names the same one for ever would not end.
-READINGS_TO_PASS = 8
-
 
 class Entry(NamedTuple):
     """One block."""
@@ -78,24 +74,19 @@ class Index:
         keep: Collection[bytes] = (),
     ) -> bool:
         """Let blocks leave, each through `evict` which calls `remove`, until `num_bytes` more are
-        within the capacity. False where what may not leave (`keep`: those and all above them)
-        stands in the way."""
+        within the capacity. False, and nothing left, where what may not leave (`keep`: those and
+        all above them) stands in the way."""
         limit = self.policy.capacity_bytes - num_bytes
-        if limit < 0:
+        kept = self._with_ancestors(keep)
+        if sum(self.entries[key].num_bytes for key in kept) > limit:
             return False
-        kept: Collection[bytes] = self._with_ancestors(keep) if keep else ()
-        num_passed = 0
         while self.num_bytes > limit:
-            victim = self.policy.victim()
-            leaf = self._leaf_below(victim, kept)
-            if leaf is not None:
-                evict(leaf)
-                continue
-            num_passed += 1
-            if num_passed > READINGS_TO_PASS * len(self.entries):
-                return False
-            self.policy.on_hit(victim)  # it must stay: as one that is read does
+            evict(self._leaf_below(self.policy.victim(), kept) or self._oldest_leaf(kept))
         return True
+
+    def _oldest_leaf(self, kept: Collection[bytes]) -> bytes:
+        """The least recent block without children that may leave, where the victim may not."""
+        return next(key for key in self.entries if key not in self._children and key not in kept)
 
     def _with_ancestors(self, keys: Collection[bytes]) -> set[bytes]:
         kept: set[bytes] = set()

@@ -8,6 +8,7 @@ Puts and evictions are appended by whoever holds the store's lock, hits by anybo
 O_APPEND is one step on a local file system). One hit tells of a whole prefix: its last block.
 """
 
+import errno
 import os
 import struct
 from collections.abc import Iterable
@@ -112,7 +113,7 @@ class Journal:
         """Write records behind all others, in one step. Raises OSError."""
         data = b"".join(record.pack() for record in records)
         if data and self._fd >= 0 and os.write(self._fd, data) != len(data):
-            raise OSError("the journal took a part of what was written")
+            raise OSError(errno.EIO, "the journal took a part of what was written")
 
     def rewrite(self, records: Iterable[Record]) -> None:
         """Put a journal of these records in the place of the store's; for whoever holds its lock.

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,7 @@ from hf_tiered_cache.devices.pinning import Pinning
 from hf_tiered_cache.errors import ConfigError, UnsupportedInputError
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
 from hf_tiered_cache.registry import Registered
+from hf_tiered_cache.tiers.codecs.base import Codec
 from hf_tiered_cache.transfers import Transfer
 
 
@@ -100,6 +101,9 @@ class Surroundings:
     cpus_near: frozenset[int]
     """The processors whose memory the device reaches fastest; any, where there are none."""
 
+    codec: Codec | None = None
+    """What blocks may be encoded with in the tier; None: they are kept as they are."""
+
 
 class Tier(Registered, ABC, kind="tier"):
     """Slots of `block_bytes` each, within a budget. See the module for the verbs.
@@ -115,6 +119,9 @@ class Tier(Registered, ABC, kind="tier"):
     is_read_only: ClassVar[bool] = False
     """Whether its blocks come from elsewhere: nothing is demoted to it. Such a tier is the last."""
 
+    codec: Codec | None = None
+    """What the tier encodes blocks with; `read` and `write` take them as they are all the same."""
+
     def __init__(self, block_bytes: int, budget: Budget) -> None:
         """Raises ConfigError when `block_bytes` is no multiple of 4096."""
         check_block_bytes(block_bytes)
@@ -122,7 +129,9 @@ class Tier(Registered, ABC, kind="tier"):
         self.budget = budget
 
     @classmethod
-    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Self | None:  # noqa: ARG003
+    def from_budget(  # noqa: ARG003
+        cls, block_bytes: int, budget: Budget, around: Surroundings
+    ) -> "Tier | None":
         """A tier for a cache; None where there is no use for one. Raises ConfigError when it cannot
         be made."""
         return cls(block_bytes, budget)
@@ -154,6 +163,15 @@ class Tier(Registered, ABC, kind="tier"):
     def load(self, slots: Sequence[int], memory: "Tier", targets: Sequence[int]) -> Transfer:
         """`read` into the slots `targets` of a tier that has addresses."""
         return self.read(slots, [memory.block(slot) for slot in targets])
+
+    def is_encoded(self, slot: int) -> bool:
+        """Whether the block in `slot`, whose write has ended, can be read as it was encoded."""
+        return False
+
+    def read_encoded(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
+        """`read` without decoding, of slots that `is_encoded` is true of; out: uint8
+        `[record_bytes]` each."""
+        raise NotImplementedError(f"the {self.name} tier encodes nothing")
 
     def advance(self) -> None:
         """Begin the next steps, as far as it is time for them, of transfers that go in several;
@@ -221,9 +239,14 @@ class Tier(Registered, ABC, kind="tier"):
         """Slots handed out and not freed."""
 
     @property
+    def record_bytes(self) -> int:
+        """Bytes that a slot takes of the budget."""
+        return self.block_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the slots handed out and not freed."""
-        return self.used_slots * self.block_bytes
+        return self.used_slots * self.record_bytes
 
     @property
     @abstractmethod

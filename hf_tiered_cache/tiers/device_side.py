@@ -187,6 +187,16 @@ class DeviceSideTier(Tier):
         return self.tier.where
 
     @property
+    def record_bytes(self) -> int:
+        """That of the tier."""
+        return self.tier.record_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """That of the tier."""
+        return self.tier.used_bytes
+
+    @property
     def used_slots(self) -> int:
         """Slots handed out and not freed."""
         return self.tier.used_slots

@@ -102,7 +102,8 @@ def test_bias_softcap_and_sinks(make_case, kernel, tolerance, queries):
     bias = torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(1))
     bias[..., 7] = -torch.inf
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0])
-    for extra in ({"bias": bias}, {"softcap": 3.0}, {"sinks": sinks}):
+    of_the_model = {"sinks": sinks.bfloat16()}  # as half-precision weights have them
+    for extra in ({"bias": bias}, {"softcap": 3.0}, {"sinks": sinks}, of_the_model):
         out, lse = case.expected(**extra)
         result = case.attend(**extra)
         torch.testing.assert_close(result.out.double(), out, atol=4e-6, rtol=0)

@@ -1,5 +1,7 @@
 """Prefill by torch's flash attention: what `reference` means, in bits that no splitting changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -444,3 +446,13 @@ def test_a_call_it_cannot_do_raises_before_anything_is_written(make_case):
     with pytest.raises(UnsupportedInputError, match="cannot do this: softcap"):
         flash.attend_blocks(state, case.query, case.view(), case.call(softcap=2.0))
     assert (state.sum == 0).all()
+
+
+def test_a_decode_step_asks_nothing_of_flash_attention(monkeypatch):
+    """What it needs is asked of the device: a good part of what a layer costs the host."""
+    monkeypatch.setattr(flash, "not_supported_reasons", None)
+    decode = SimpleNamespace(is_cuda=True, shape=(1, 4, flash.MIN_QUERIES - 1, 8))
+    assert not ops._is_for_flash(decode, None, None)
+    prefill = SimpleNamespace(is_cuda=True, shape=(1, 4, flash.MIN_QUERIES, 8))
+    with pytest.raises(TypeError):
+        ops._is_for_flash(prefill, None, None)

@@ -49,16 +49,23 @@ def environment(monkeypatch: pytest.MonkeyPatch):
 
     def set_kernel(name: str) -> None:
         monkeypatch.setenv(loader.ENVIRONMENT_VARIABLE, name)
+        forget()
+
+    def forget() -> None:
         loader.default_kernel.cache_clear()
+        loader._environment_says_reference.cache_clear()
 
     yield set_kernel
-    loader.default_kernel.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 @pytest.mark.parametrize("name", ops.available_kernels())
 def test_the_environment_forces_a_kernel(environment, name):
+    on_cuda = ops.backend("cuda")
     environment(name)
     assert ops.backend() == name
+    assert ops.backend("cuda") == ("reference" if name == "reference" else on_cuda)
 
 
 def test_the_environment_cannot_force_a_missing_kernel(environment):

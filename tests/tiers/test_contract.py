@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiers.late_lane import LateDevice, LateLane, RefusingPinning
 from tiers.late_tier import LateTier, Link
+from toy_codecs import Mirror
 from toy_tiers import Drawer, Shelf
 
 from hf_tiered_cache.errors import (
@@ -20,10 +21,12 @@ from hf_tiered_cache.errors import (
     TierIOError,
     UnsupportedInputError,
 )
+from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers import Budget, DiskTier, HostTier, Surroundings, Tier
 from hf_tiered_cache.tiers.device_side import BounceRing, DeviceSideTier, behind_lane
 
 BLOCK = 8192
+LAYOUT = BlockLayout(2, 16, 16, 64, torch.bfloat16)  # its blocks are as large
 
 
 def from_budget(name: str):
@@ -51,6 +54,9 @@ VARIANTS = {
     ),
     "disk python mixed": lambda block, budget, folder: DiskTier(
         block, budget, folder, page_cache_bytes=4 * block, num_threads=1, mover="python"
+    ),
+    "disk encoded": lambda block, budget, folder: DiskTier.from_budget(
+        block, budget, Surroundings(folder, "auto", 4 * block, None, frozenset(), Mirror(LAYOUT))
     ),
 }
 

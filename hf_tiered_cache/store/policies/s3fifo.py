@@ -34,6 +34,7 @@ class S3FIFO(EvictionPolicy, name="s3fifo"):
         self._small_bytes = 0
 
     def on_put(self, key: bytes, num_bytes: int, parent: bytes) -> None:
+        """New ones come to small, those that come back to main."""
         self._sizes[key] = num_bytes
         if key in self._ghost:
             del self._ghost[key]
@@ -47,6 +48,7 @@ class S3FIFO(EvictionPolicy, name="s3fifo"):
         queue[key] = min(MOST_READINGS, queue[key] + 1)
 
     def victim(self) -> bytes:
+        """The oldest of small while it has its share, else of main, that nobody read."""
         while True:
             small_share = SMALL_SHARE * self.capacity_bytes
             if self._small and (self._small_bytes >= small_share or not self._main):
@@ -63,6 +65,7 @@ class S3FIFO(EvictionPolicy, name="s3fifo"):
                 self._main.move_to_end(key)
 
     def on_evict(self, key: bytes) -> None:
+        """What left small is remembered."""
         if key in self._small:
             self._leave_small(key)
             self._ghost[key] = None

@@ -1,20 +1,17 @@
 """bfloat16 in 12 bits a value, losslessly: `Bf16TwelveBit`.
 
-Rotated left by one bit, a bfloat16 is its exponent (upper byte), and its mantissa and sign (lower
-byte). The values of one channel (a dim of one head's keys or values) differ little in their
-exponents: 4 bits count from a base of the channel down. On keys and values of SmolLM2-135M and
-Gemma-3-270M that misses one value in 10,000, at most 22 of the 32,768 of a plane; there are places
-for 64 exceptions. Zeros and denormal numbers have a code of their own, so whole channels of
-zeros, infinities or NaN cost nothing either. Fixed places keep records of one size, and let a tile
-be unpacked by itself in the L1 cache (csrc/cpu/packing.h). An entropy coder would save another 10 to 15 %,
-at a hundredth of the speed. SplitZip (arXiv 2605.01708) is close to it, with a codebook of exponents in
-place of bases.
+The values of one channel (a dim of one head's keys or values) differ little in their exponents. So
+the lower byte of each is kept as it is (the last bit of the exponent, and the mantissa), and of the
+upper one, a sign and seven bits of the exponent, four bits: the sign, and three that count from a base
+of the channel down, over 16 exponents. On keys and values of real models that misses about one value
+in 10,000; there are places for 64 exceptions in a plane of 32,768. Fixed places keep records of one
+size, and let a tile be unpacked by itself into the L1 cache (csrc/cpu/packing.h). An entropy coder
+would save another 10 to 15 %, at a hundredth of the speed. SplitZip (arXiv 2605.01708) is close to
+it, with a codebook of exponents in place of bases.
 
 Where the parts lie is written in csrc/packed_blocks.h. Here is the same in plain torch: what it
 means, and what runs without the compiled core.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +22,7 @@ from hf_tiered_cache.layout import BlockLayout
 from hf_tiered_cache.tiers.codecs.base import Codec, whole_pages
 
 GROUP = 32  # values whose codes are interleaved
-ZERO_CODE = 15
+REACH = 8  # upper bytes that a base reaches
 MOST_EXCEPTIONS = 64
 MOST_VALUES = 1 << 16  # of a plane: an index is 16 bits
 MOST_DIM = 1024
@@ -41,6 +38,9 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         super().__init__(layout)
         self._parts = [_Plane(layout, dim) for dim in (layout.key_dim, layout.value_dim)]
         self._shape = (layout.kv_heads, layout.block_tokens, layout.key_dim, layout.value_dim)
+        core = kernel_for(torch.empty(0)).core
+        if isinstance(core, CpuCore):
+            self.core_arguments = core.number, self._shape, self.encoded_bytes
 
     @classmethod
     def refusal(cls, layout: BlockLayout) -> str:
@@ -65,14 +65,6 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         """See `Codec.encoded_bytes`."""
         return whole_pages(self.data_bytes)
 
-    @property
-    def core_arguments(self) -> tuple[Any, ...] | None:  # type: ignore[override]
-        """See `Codec.core_arguments`."""
-        core = kernel_for(_ANY).core
-        if not isinstance(core, CpuCore):
-            return None
-        return core.number, self._shape, self.encoded_bytes
-
     def encode(self, block: Tensor, out: Tensor) -> bool:
         """See `Codec.encode`."""
         out[self.data_bytes :] = 0
@@ -91,6 +83,11 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
             return
         for part, raw, packed in self._planes(out, encoded):
             part.unpack(packed, raw)
+
+    def num_exceptions(self, encoded: Tensor) -> list[int]:
+        """Of every plane of an encoded block: what no code reached."""
+        planes = self._planes(torch.empty(self.layout.num_bytes, dtype=torch.uint8), encoded)
+        return [int(part.words(plane)[0]) for part, _, packed in planes for plane in packed]
 
     def _planes(self, block: Tensor, encoded: Tensor) -> list[tuple["_Plane", Tensor, Tensor]]:
         """Keys, then values: raw as int16 `[heads, tokens, dim]`, packed as uint8 `[heads, n]`."""
@@ -111,9 +108,6 @@ class Bf16TwelveBit(Codec, name="bf16_12bit"):
         return found
 
 
-_ANY = torch.empty(0)  # on the CPU
-
-
 class _Plane:
     """One head's keys, or values: see csrc/packed_blocks.h."""
 
@@ -128,29 +122,24 @@ class _Plane:
 
     def pack(self, raw: Tensor, packed: Tensor) -> bool:
         """Pack int16 `[heads, tokens, dim]` into uint8 `[heads, num_bytes]`; whether it went."""
-        rotated = _rotate_left(raw.int() & 0xFFFF)
-        exponents = rotated >> 8
-        bases = _best_bases(exponents)
-        codes = bases[:, None] - exponents
-        is_zero = exponents == 0
-        is_missed = ~is_zero & ((codes < 0) | (codes >= ZERO_CODE))
+        uppers = (raw >> 8 & 0x7F).int()
+        bases = _best_bases(uppers)
+        below = bases[:, None] - uppers
+        is_missed = (below < 0) | (below >= REACH)
         if int(is_missed.sum((1, 2)).max()) > self.most:
             return False
-        codes = codes.masked_fill(is_zero | is_missed, ZERO_CODE)
         packed.zero_()
-        packed[:, : self.num_values] = (rotated & 0xFF).flatten(1)
-        codes = torch.nn.functional.pad(
-            codes.flatten(1), (0, self.padded - self.num_values), value=ZERO_CODE
-        )
+        packed[:, : self.num_values] = (raw & 0xFF).flatten(1)
+        codes = ((raw >> 12 & 8) | (below & 7)).flatten(1)
+        codes = torch.nn.functional.pad(codes, (0, self.padded - self.num_values))
         lower, upper = codes.unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
         packed[:, self.padded : self.bases] = (lower | upper << 4).flatten(1)
         packed[:, self.bases : self.bases + self.dim] = bases
         for head, missed in enumerate(is_missed.flatten(1)):
             indices = missed.nonzero().flatten()
-            words = self._words(packed[head])
+            words, start = self.words(packed[head]), 1 + self.most
             words[0] = len(indices)
             words[1 : 1 + len(indices)] = _signed(indices)
-            start = 1 + self.most
             words[start : start + len(indices)] = raw[head].flatten()[indices]
         return True
 
@@ -158,26 +147,20 @@ class _Plane:
         """What `pack` packed."""
         codes = packed[:, self.padded : self.bases].int().unflatten(1, (-1, 1, GROUP // 2))
         codes = torch.cat((codes & 15, codes >> 4), 2).flatten(1)[:, : self.num_values]
+        codes = codes.view(raw.shape)
         bases = packed[:, self.bases : self.bases + self.dim].int()
-        exponents = bases[:, None] - codes.view(raw.shape)
-        exponents = exponents.masked_fill(codes.view(raw.shape) == ZERO_CODE, 0)
-        low = packed[:, : self.num_values].int().view(raw.shape)
-        raw.copy_(_signed(exponents << 7 | low >> 1 | (low & 1) << 15))
+        uppers = ((bases[:, None] - (codes & 7)) | (codes & 8) << 4) & 0xFF
+        raw.copy_(_signed(uppers << 8 | packed[:, : self.num_values].int().view(raw.shape)))
         for head in range(len(packed)):
-            words = self._words(packed[head])
-            count, start = int(words[0]), 1 + self.most
+            words, start = self.words(packed[head]), 1 + self.most
+            count = int(words[0])
             indices = words[1 : 1 + count].long() & 0xFFFF
             raw[head].view(-1)[indices] = words[start : start + count]
 
-    def _words(self, plane: Tensor) -> Tensor:
+    def words(self, plane: Tensor) -> Tensor:
         """int16: the count of exceptions, the places for their indices, then for the values."""
         end = self.exceptions + 2 * (1 + 2 * self.most)
         return plane[self.exceptions : end].view(torch.int16)
-
-
-def _rotate_left(words: Tensor) -> Tensor:
-    """16-bit words, held in int32, rotated by one bit."""
-    return ((words << 1) | (words >> 15)) & 0xFFFF
 
 
 def _signed(words: Tensor) -> Tensor:
@@ -185,21 +168,17 @@ def _signed(words: Tensor) -> Tensor:
     return ((words ^ 0x8000) - 0x8000).short()
 
 
-def _best_bases(exponents: Tensor) -> Tensor:
-    """int32 `[heads, dim]`: for every channel of `[heads, tokens, dim]` the smallest base from
-    which the codes reach most exponents. An exponent of 0 needs none."""
-    largest = exponents.amax(1)
-    smallest = exponents.masked_fill(exponents == 0, 255).amin(1)
-    far = largest - smallest >= ZERO_CODE
-    if not far.any():
-        return largest
-    channels = exponents.transpose(1, 2)[far].long()  # [channels, tokens]
-    counts = torch.zeros(len(channels), 256, dtype=torch.int32)
-    counts.scatter_add_(1, channels, torch.ones_like(channels, dtype=torch.int32))
-    counts[:, 0] = 0
-    upto = counts.cumsum(1)
-    reached = upto.clone()
-    reached[:, ZERO_CODE:] -= upto[:, :-ZERO_CODE]
-    bases = largest.clone()
-    bases[far] = reached.argmax(1).int()
+def _best_bases(uppers: Tensor) -> Tensor:
+    """int32 `[heads, dim]`: for every channel of `[heads, tokens, dim]` the smallest base that
+    reaches most of its values."""
+    bases = uppers.amax(1)
+    is_wide = bases - uppers.amin(1) >= REACH
+    if is_wide.any():
+        channels = uppers.transpose(1, 2)[is_wide].long()  # [channels, tokens]
+        counts = torch.zeros(len(channels), 128, dtype=torch.int32)
+        counts.scatter_add_(1, channels, torch.ones_like(channels, dtype=torch.int32))
+        upto = counts.cumsum(1)
+        reached = upto.clone()
+        reached[:, REACH:] -= upto[:, :-REACH]
+        bases[is_wide] = reached.argmax(1).int()
     return bases

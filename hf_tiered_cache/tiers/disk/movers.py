@@ -157,10 +157,11 @@ class CompiledMover:
             is_write=job.is_write,
             fd=job.entrance.fd,
             offset=job.offset,
-            record_bytes=job.record_bytes,
+            record_bytes=job.block_bytes,
             addresses=job.addresses,
             is_direct=job.is_direct,
             after=[other.move for other in job.after],
+            packing=None if job.codec is None else job.codec.core_arguments,
         )
         job.transfer.jobs.append(job)
         _kept.add(job.transfer)

@@ -16,6 +16,7 @@ import xxhash
 
 from hf_tiered_cache.errors import TierIOError, io_error
 from hf_tiered_cache.layout import ALIGNMENT_BYTES
+from hf_tiered_cache.tiers.codecs import Codec
 from hf_tiered_cache.tiers.disk.block_file import BlockFile, Entrance, full_transfer, stood_still
 from hf_tiered_cache.tiers.disk.records import Record, RecordTable
 from hf_tiered_cache.tiers.disk.remedies import remedy
@@ -23,7 +24,9 @@ from hf_tiered_cache.tiers.io_threads import Job
 from hf_tiered_cache.transfers import Transfer
 
 # Why a move of the compiled core ended, besides errno (csrc/block_io.h).
-END_OF_FILE, CANCELLED = -1, -2
+END_OF_FILE, CANCELLED, UNPACKABLE = -1, -2, -3
+# The errno of a write whose block the codec could not encode: nothing was written.
+NOT_ENCODED = errno.EOVERFLOW
 
 
 class Outcome(NamedTuple):
@@ -47,7 +50,8 @@ class RecordsJob(Job):
     is_write = False
     __slots__ = (
         *("_blocks", "_file", "_number", "_outcome", "_table"),
-        *("after", "entrance", "is_direct", "is_queued", "move", "records", "slots", "transfer"),
+        *("after", "codec", "entrance", "is_direct", "is_queued", "move", "records", "slots"),
+        "transfer",
     )
 
     def __init__(
@@ -60,15 +64,18 @@ class RecordsJob(Job):
         blocks: Sequence[torch.Tensor],
         *,
         direct: bool,
+        codec: Codec | None,
     ) -> None:
-        """number: of the part of the transfer. Raises TierIOError when the file cannot be opened
-        for such a job."""
+        """number: of the part of the transfer. codec: what blocks are encoded with on their way to
+        the file, and decoded on their way back; None: they are moved as they are. Raises
+        TierIOError when the file cannot be opened for such a job."""
         super().__init__()
         self._file = file
         self._table = table
         self._blocks = blocks
         self._number = number
         self._outcome: Outcome | None = None
+        self.codec = codec
         self.transfer = transfer
         self.slots = slots
         self.records: Sequence[Record] = ()
@@ -107,7 +114,12 @@ class RecordsJob(Job):
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of each record."""
+        """Bytes of each record in the file."""
+        return self.block_bytes if self.codec is None else self.codec.encoded_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of each record in memory."""
         return self._blocks[0].numel()
 
     @property
@@ -183,21 +195,25 @@ class RecordsJob(Job):
         if error == END_OF_FILE:
             end = self.offset + len(self.slots) * self.record_bytes
             raise stood_still(self.move.error_offset, end - self.move.error_offset)
+        if error == UNPACKABLE:
+            raise self._not_encoded()
         if error:
             raise OSError(error, os.strerror(error))
 
-    def _views(self) -> list[memoryview]:
-        return [block.numpy().data for block in self._blocks]
+    def _not_encoded(self) -> TierIOError:
+        return io_error(NOT_ENCODED, f"what is to be {_names(self.slots)} cannot be packed")
 
     def _needs_copy(self) -> bool:
         """Whether direct I/O would refuse this memory."""
         return self.is_direct and any(block.data_ptr() % ALIGNMENT_BYTES for block in self._blocks)
 
-    def _aligned_views(self) -> list[memoryview]:
-        """Aligned memory of the same size, for the time of one job."""
-        num_bytes = self._blocks[0].numel()
-        memory = memoryview(mmap.mmap(-1, num_bytes * len(self._blocks)))
-        return [memory[i * num_bytes : (i + 1) * num_bytes] for i in range(len(self._blocks))]
+    def _buffers(self) -> list[torch.Tensor]:
+        """Memory for the records as they are in the file, for the time of one job: that of the
+        blocks, where that will do, else aligned memory."""
+        if self.codec is None and not self._needs_copy():
+            return list(self._blocks)
+        memory = mmap.mmap(-1, self.record_bytes * len(self._blocks))
+        return list(torch.frombuffer(memory, dtype=torch.uint8).split(self.record_bytes))
 
 
 class ReadRecords(RecordsJob):
@@ -208,13 +224,15 @@ class ReadRecords(RecordsJob):
 
     def _move(self) -> Sequence[bytes]:
         checksums = self._checksums(self._table.wait_written)
-        blocks = self._views()
-        views = self._aligned_views() if self._needs_copy() else blocks
+        buffers = self._buffers()
+        views = _views(buffers)
         full_transfer(self._file.pread_into, views, self.offset, direct=self.is_direct)
         self._verify(checksums, [xxhash.xxh3_128_digest(view) for view in views])
-        if views is not blocks:
-            for block, view in zip(blocks, views, strict=True):
-                block[:] = view
+        for block, buffer in zip(self._blocks, buffers, strict=True):
+            if self.codec is not None:
+                self.codec.decode(buffer, block)
+            elif buffer is not block:
+                block.copy_(buffer)
         return ()
 
     def _settle(self) -> Sequence[bytes]:
@@ -241,7 +259,7 @@ class ReadRecords(RecordsJob):
                 raise self._corruption(index, expected, got)
 
     def _corruption(self, index: int, expected: bytes, got: bytes) -> TierIOError:
-        num_bytes = self._blocks[0].numel()
+        num_bytes = self.record_bytes
         return io_error(
             errno.EBADMSG,
             f"record {self.slots[index]} of the unnamed file in {self._file.directory!r} (bytes"
@@ -260,14 +278,16 @@ class WriteRecords(RecordsJob):
     __slots__ = ()
 
     def _move(self) -> Sequence[bytes]:
-        blocks = self._views()
+        buffers = self._buffers()
+        for block, buffer in zip(self._blocks, buffers, strict=True):
+            if self.codec is None:
+                if buffer is not block:
+                    buffer.copy_(block)
+            elif not self.codec.encode(block, buffer):
+                raise self._not_encoded()
+        views = _views(buffers)
         # Before the write: bytes that change under it are noticed when they are loaded.
-        checksums = [xxhash.xxh3_128_digest(block) for block in blocks]
-        views = blocks
-        if self._needs_copy():
-            views = self._aligned_views()
-            for view, block in zip(views, blocks, strict=True):
-                view[:] = block
+        checksums = [xxhash.xxh3_128_digest(view) for view in views]
         full_transfer(self._file.pwrite_from, views, self.offset, direct=self.is_direct)
         return checksums
 
@@ -291,6 +311,10 @@ def _strip(error: BaseException | None) -> None:
     while isinstance(error, OSError):
         error.__traceback__ = error.__context__ = None
         error = error.__cause__
+
+
+def _views(blocks: Sequence[torch.Tensor]) -> list[memoryview]:
+    return [block.numpy().data for block in blocks]
 
 
 def _names(slots: Sequence[int]) -> str:

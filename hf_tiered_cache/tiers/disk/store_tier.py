@@ -9,9 +9,9 @@ import errno
 import os
 import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import count
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -121,8 +121,9 @@ class StoreTier(Tier):
         """budget: caps nothing here. put_away: called, in any thread, with a file whose bytes are
         not what was stored, and why. mover: see `DiskTier`."""
         super().__init__(block_bytes, budget)
-        self._sources: dict[int, Source | None] = {}
-        self._numbers = count()
+        self._spans: list[tuple[int, Sequence[OpenBlock], int]] = []  # by their first slot
+        self._num_slots = 0
+        self._held: set[int] = set()
         self._reads = _Reads(put_away)
         self._mover = make_mover(mover, NUM_THREADS)
         self._pid = os.getpid()
@@ -131,13 +132,21 @@ class StoreTier(Tier):
             self, in_finalizer, _shut_down, self._pid, self._mover, self._reads
         )
 
-    def adopt(self, block: OpenBlock, extent: Extent) -> int:
-        """A slot for an extent, whose bytes are those of a block here."""
+    def adopt(self, blocks: Sequence[OpenBlock], number: int) -> range:
+        """Slots for the extent of that number of each block, whose bytes are those of a block here.
+        In one step, however many they are: what they stand for is looked up when they are read."""
         self._check_open()
-        assert extent.num_bytes == self.block_bytes, "the layouts were compared"
-        slot = next(self._numbers)
-        self._sources[slot] = Source(block, extent)
-        return slot
+        first = self._num_slots
+        slots = range(first, first + len(blocks))
+        self._num_slots = slots.stop
+        self._spans.append((first, blocks, number))
+        self._held.update(slots)
+        return slots
+
+    def _source(self, slot: int) -> Source:
+        first, blocks, number = self._spans[bisect_right(self._spans, slot, key=_first) - 1]
+        block = blocks[slot - first]
+        return Source(block, block.header.extent(number))
 
     def allocate(self) -> int | None:
         """None: nothing can be written here."""
@@ -148,7 +157,7 @@ class StoreTier(Tier):
         """Give a slot back; the file stays."""
         self._check_open()
         self.check_allocated([slot])
-        del self._sources[slot]
+        self._held.remove(slot)
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
         """Load extents; the transfer fails (TierIOError) unless every byte is what was stored."""
@@ -159,14 +168,13 @@ class StoreTier(Tier):
             return DONE
         self._mover.start()
         self._mover.settle(self._reads.users)
-        sources: list[Any] = [self._sources[slot] for slot in slots]
-        if None in sources:
-            raise io_error(errno.EIO, "a block of the store was given back in an interrupt")
         transfer, reads = self._mover.transfer(len(slots)), cast(Any, self._reads)
-        jobs = [
-            ReadExtent(source, reads, transfer, number, [slot], [block], direct=False)
-            for number, (slot, source, block) in enumerate(zip(slots, sources, out, strict=True))
-        ]
+        jobs = []
+        for part, (slot, to) in enumerate(zip(slots, out, strict=True)):
+            source = cast(Any, self._source(slot))
+            jobs.append(
+                ReadExtent(source, reads, transfer, part, [slot], [to], codec=None, direct=False)
+            )
         self._reads.begin(jobs)
         try:
             for job in jobs:
@@ -195,12 +203,12 @@ class StoreTier(Tier):
     def keep_only(self, slots: Iterable[int]) -> None:
         """Give back every slot but these; see `Tier.keep_only`."""
         self._check_open()
-        self._sources = {slot: self._sources.get(slot) for slot in slots}
+        self._held = set(slots)
 
     def check_allocated(self, slots: Sequence[int]) -> None:
         """Raise BlockStateError unless every slot is handed out."""
         for slot in slots:
-            if slot not in self._sources:
+            if slot not in self._held:
                 raise BlockStateError(f"tier 'store': slot {slot} was never handed out, or freed")
 
     @property
@@ -211,7 +219,7 @@ class StoreTier(Tier):
     @property
     def used_slots(self) -> int:
         """Slots handed out and not freed."""
-        return len(self._sources)
+        return len(self._held)
 
     @property
     def committed_bytes(self) -> int:
@@ -226,7 +234,7 @@ class StoreTier(Tier):
         """Let go of the files once no read is under way. Idempotent."""
         self._is_closed = True
         _shut_down(self._pid, self._mover, self._reads)
-        self._sources = {}
+        self._held, self._spans = set(), []
         self._finalizer.detach()
 
     def _check_open(self) -> None:
@@ -237,6 +245,10 @@ class StoreTier(Tier):
                 f"this cache belongs to process {self._pid}, and its threads stayed there; make a"
                 " new one after fork()"
             )
+
+
+def _first(span: tuple[int, Sequence[OpenBlock], int]) -> int:
+    return span[0]
 
 
 def _shut_down(pid: int, mover: Mover, reads: _Reads) -> None:

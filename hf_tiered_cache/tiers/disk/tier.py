@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -17,7 +16,9 @@ from hf_tiered_cache.config import DISK_IO_MODES, free_disk_bytes
 from hf_tiered_cache.errors import ClosedCacheError, ConfigError, UnsupportedInputError
 from hf_tiered_cache.finalizers import do_all, in_finalizer
 from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier, check_blocks
+from hf_tiered_cache.tiers.codecs import Codec
 from hf_tiered_cache.tiers.disk.block_file import BlockFile
+from hf_tiered_cache.tiers.disk.encoded import EncodedTier
 from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover
 from hf_tiered_cache.tiers.disk.record_jobs import (
     ReadRecords,
@@ -62,10 +63,11 @@ class DiskTier(Tier, name="disk"):
         num_threads: int = 4,
         page_cache_bytes: int = 0,
         mover: str = "auto",
+        codec: Codec | None = None,
         open_file: type[BlockFile] = BlockFile,
     ) -> None:
         """mover: whose threads move the bytes, "compiled" or "python"; "auto": the first, if built.
-        open_file: where tests put faults, under Python's threads.
+        codec: what blocks are encoded with in the file; see `EncodedTier`. open_file: where tests put faults, under Python's threads.
 
         Raises ConfigError when the folder is missing, not writable, or has less free space than the
         budget has left.
@@ -75,6 +77,7 @@ class DiskTier(Tier, name="disk"):
             raise ConfigError(f"unknown io mode {io!r}; expected one of {', '.join(DISK_IO_MODES)}")
         if num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; expected 1 or more")
+        self.codec = codec
         self.directory = os.fspath(directory)
         _check_directory(self.directory, budget)
         self._file = file = open_file(self.directory, want_direct=io != "buffered")
@@ -83,17 +86,19 @@ class DiskTier(Tier, name="disk"):
         elif io == "direct":
             self._first_direct_slot = 0
         else:
-            self._first_direct_slot = page_cache_bytes // block_bytes
+            self._first_direct_slot = page_cache_bytes // self.record_bytes
         pool = SlotPool(
-            block_bytes,
+            record_bytes := self.record_bytes,
             budget,
             self.name,
-            step_slots=self.step_slots(block_bytes, budget.limit_bytes),
-            commit=lambda start, stop: reserve_records(file, start, stop, block_bytes),
+            step_slots=self.step_slots(record_bytes, budget.limit_bytes),
+            commit=lambda start, stop: reserve_records(file, start, stop, record_bytes),
         )
         self._table: RecordTable[RecordsJob] = RecordTable(pool)
         if mover == "auto" and open_file is not BlockFile:
             mover = "python"
+        if codec is not None and codec.core_arguments is None:
+            mover = "python"  # the compiled core does not know it
         self._mover = make_mover(mover, num_threads)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(
@@ -101,15 +106,22 @@ class DiskTier(Tier, name="disk"):
         )
 
     @classmethod
-    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Self:
+    def from_budget(cls, block_bytes: int, budget: Budget, around: Surroundings) -> Tier:
         """See `Tier.from_budget`."""
-        return cls(
-            block_bytes,
-            budget,
-            around.directory,
-            io=around.disk_io,
-            page_cache_bytes=around.page_cache_bytes,
-        )
+
+        def make(codec: Codec | None) -> DiskTier:
+            return cls(
+                block_bytes,
+                budget,
+                around.directory,
+                io=around.disk_io,
+                page_cache_bytes=around.page_cache_bytes,
+                codec=codec,
+            )
+
+        if around.codec is None:
+            return make(None)
+        return EncodedTier(make(around.codec), lambda: make(None))
 
     @classmethod
     def step_slots(cls, block_bytes: int, limit_bytes: int) -> int:
@@ -147,19 +159,31 @@ class DiskTier(Tier, name="disk"):
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
         """Load records; the transfer fails (TierIOError) unless every byte is what was stored."""
         self._check_usable()
-        self._check_memory(slots, out)
-        return self._start(ReadRecords, self._table.begin_read, slots, out)
+        self._check_memory(slots, out, self.block_bytes)
+        return self._start(ReadRecords, self._table.begin_read, slots, out, self.codec)
+
+    def read_encoded(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
+        """`read` without decoding: `record_bytes` of each."""
+        self._check_usable()
+        self._check_memory(slots, out, self.record_bytes)
+        return self._start(ReadRecords, self._table.begin_read, slots, out, None)
 
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:
-        """Store records. Of a failed transfer, those records that were stored stay readable."""
+        """Store records. Of a failed transfer, those records that were stored stay readable. With a
+        codec a block that it cannot encode fails with the errno NOT_ENCODED."""
         self._check_usable()
-        self._check_memory(slots, data)
-        return self._start(WriteRecords, self._table.begin_write, slots, data)
+        self._check_memory(slots, data, self.block_bytes)
+        return self._start(WriteRecords, self._table.begin_write, slots, data, self.codec)
 
     def check_allocated(self, slots: Sequence[int]) -> None:
         """Raise BlockStateError unless every slot is allocated."""
         self._check_usable()
         self._table.check_allocated(slots)
+
+    @property
+    def record_bytes(self) -> int:
+        """See `Tier.record_bytes`."""
+        return self.block_bytes if self.codec is None else self.codec.encoded_bytes
 
     @property
     def where(self) -> str:
@@ -200,8 +224,10 @@ class DiskTier(Tier, name="disk"):
                 " a new cache after fork()"
             )
 
-    def _check_memory(self, slots: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
-        check_blocks(slots, blocks, self.block_bytes)
+    def _check_memory(
+        self, slots: Sequence[int], blocks: Sequence[torch.Tensor], num_bytes: int
+    ) -> None:
+        check_blocks(slots, blocks, num_bytes)
         for slot, block in zip(slots, blocks, strict=True):
             if not block.is_cpu:
                 raise UnsupportedInputError(
@@ -214,6 +240,7 @@ class DiskTier(Tier, name="disk"):
         begin: Callable[[Sequence[RecordsJob]], None],
         slots: Sequence[int],
         blocks: Sequence[torch.Tensor],
+        codec: Codec | None,
     ) -> Transfer:
         """Queue one job per piece."""
         if not slots:
@@ -232,6 +259,7 @@ class DiskTier(Tier, name="disk"):
                 slots[start:stop],
                 blocks[start:stop],
                 direct=slots[start] >= self._first_direct_slot,
+                codec=codec,
             )
             for number, (start, stop) in enumerate(pieces)
         ]
@@ -248,7 +276,7 @@ class DiskTier(Tier, name="disk"):
 
     def _pieces(self, slots: Sequence[int]) -> list[tuple[int, int]]:
         """Index ranges of `slots` that one system call can move: neighbours, up to PIECE_BYTES."""
-        max_slots = max(1, PIECE_BYTES // self.block_bytes)
+        max_slots = max(1, PIECE_BYTES // self.record_bytes)
         pieces: list[tuple[int, int]] = []
         start = 0
         for index in range(1, len(slots) + 1):

@@ -48,19 +48,20 @@ def test_every_kernel_makes_the_bytes_of_plain_torch(kernel, layout):
 
 
 def test_golden_bytes():
-    # Channel 0: 1.0 and 2^-14 of it, which one base reaches. Channel 1: 1.5 and 2^-15, which need
-    # one each: the smaller base, and an exception. Then -0, a denormal number, zeros.
-    words = [0x3F80, 0, 0, 0x8000, 0x0001, *[0] * 11, 0x3880, 0x3FC0, *[0] * 15, 0x3800]
+    # Channel 0: 1.0, 2^-14, -1.5, 1.0, which one base reaches. Channel 1: four values, one of them
+    # too small for the base of the others: an exception. Then -0, a denormal number, zeros.
+    words = [0x3F80, 0x3FC0, 0, 0x8000, 0x0001, *[0] * 11, 0x3880, 0x3F81, *[0] * 14]
+    words += [0xBFC0, 0x3701, *[0] * 14, 0x3F80, 0x3F82]
     packed = encode(TINY, filled(TINY, words))
-    low, codes, bases = packed[:64], packed[64:96], packed[96:112]
+    lower, codes, bases = packed[:64], packed[64:96], packed[96:112]
     count, index, word = packed[112:118].view(torch.int16).tolist()
-    assert low[:5].tolist() == [0, 0, 0, 1, 2]  # mantissa << 1 | sign
-    assert low[16:18].tolist() == [0, 0x80]
-    assert bases.tolist() == [127, 112, *[0] * 14]
-    # In a byte the codes of two values that are 16 apart; 15: zero, or an exception.
-    assert codes[:16].tolist() == [0 | 14 << 4, *[0xFF] * 15]
-    assert codes[16:].tolist() == [0xFF, 0 | 15 << 4, *[0xFF] * 14]
-    assert (count, index, word) == (1, 17, 0x3FC0)
+    assert lower[:5].tolist() == [0x80, 0xC0, 0, 0, 1]
+    assert lower[16:18].tolist() == [0x80, 0x81]
+    assert bases.tolist() == [0x3F, 0x3F, *[0] * 14]
+    # In a byte the codes of two values that are 16 apart: how far below the base, 8 for a sign.
+    assert codes[:16].tolist() == [0 | 7 << 4, 0, 0, 8, *[0] * 12]
+    assert codes[16:].tolist() == [8, *[0] * 15]
+    assert (count, index, word) == (1, 33, 0x3701)
 
 
 def test_every_value_comes_back(kernel):

@@ -79,7 +79,7 @@ class BlockMemory:
         self.budgets = Budgets.resolve(config, device_is_host=not has_accelerator())
         self._demotion = DemotionPolicy.by_name(config.demotion)
         self.selection = SelectionPolicy.by_name(config.attend)()
-        self._codec_kind = _codec_kind(config.packing)
+        _codec_kind(config.packing)  # raises
         self._expected_tables = expected_tables
         self._lower = self._lower_budgets()
         self._bounce = Budget("bounce", 0)  # grows by a ring for each manager behind a lane
@@ -217,7 +217,7 @@ class BlockMemory:
             page_cache_bytes=int(free_memory_bytes() * PAGE_CACHE_SHARE),
             pinning=device.pinning,
             cpus_near=device.cpus_near,
-            codec=self._codec(layout),
+            codec=codec_for(self.config.packing, layout),
         )
         tiers = [
             kind.from_budget(layout.num_bytes, budget, around)
@@ -225,21 +225,6 @@ class BlockMemory:
             if budget.limit_bytes >= layout.num_bytes
         ]
         return [tier for tier in tiers if tier is not None]
-
-    def _codec(self, layout: BlockLayout) -> Codec | None:
-        """What blocks of a layout are encoded with on disk. Raises ConfigError for a codec that was
-        asked for and cannot do it."""
-        kind = self._codec_kind
-        if kind is None:
-            return None
-        if self.config.packing != AUTO:
-            return kind(layout)
-        if kind.refusal(layout):
-            return None
-        codec = kind(layout)
-        # Plain torch packs at less than a disk's rate.
-        pays = codec.encoded_bytes < layout.num_bytes and codec.core_arguments is not None
-        return codec if pays else None
 
     def _bounce_ring(self, layout: BlockLayout, device: Device, staging: int) -> BounceRing:
         slots = max(MIN_STAGING_BLOCKS, min(staging, BOUNCE_BYTES // layout.num_bytes))
@@ -370,6 +355,22 @@ class _Place:
     device: Device
     budget: Budget
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+def codec_for(packing: str, layout: BlockLayout) -> Codec | None:
+    """What blocks of a layout are encoded with on disk. Raises ConfigError for a codec that was
+    asked for and cannot do it."""
+    kind = _codec_kind(packing)
+    if kind is None:
+        return None
+    if packing != AUTO:
+        return kind(layout)
+    if kind.refusal(layout):
+        return None
+    codec = kind(layout)
+    # Plain torch packs at less than a disk's rate.
+    pays = codec.encoded_bytes < layout.num_bytes and codec.core_arguments is not None
+    return codec if pays else None
 
 
 def _codec_kind(packing: str) -> type[Codec] | None:

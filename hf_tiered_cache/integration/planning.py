@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from hf_tiered_cache.blocks.assembly import PAGE_CACHE_SHARE, staging_slots
+from hf_tiered_cache.blocks.assembly import PAGE_CACHE_SHARE, codec_for, staging_slots
 from hf_tiered_cache.config import (
     AUTO_DEVICE_SHARE,
     Budgets,
@@ -194,6 +194,7 @@ def plan_by_profile(
         disk,
         staging_slots(tiers, int(device_bytes), blocks.layout.num_bytes, has_lane=True),
         device_is_host=False,
+        record_bytes=_record_bytes(tiers, blocks.layout),
     )
     layer_bytes = (shape.weight_bytes - shape.rest_bytes) / shape.num_layers
     pace = profile.pace(shape.num_layers, layer_bytes, shape.rest_bytes, shape.dtype.itemsize)
@@ -225,9 +226,15 @@ def local_sizes(tiers: TieredCacheConfig, blocks: CacheShape, where: torch.devic
             staging_slots(tiers, device_bytes, blocks.layout.num_bytes, has_lane=has_lane),
             device.group_columns(blocks.layout),
             device.is_host,
+            _record_bytes(tiers, blocks.layout),
         )
     finally:
         device.close()
+
+
+def _record_bytes(tiers: TieredCacheConfig, layout: BlockLayout) -> int:
+    codec = codec_for(tiers.packing, layout)
+    return layout.num_bytes if codec is None else codec.encoded_bytes
 
 
 def measure_rates(

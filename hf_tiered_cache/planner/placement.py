@@ -51,6 +51,7 @@ class TierSizes:
     staging_slots: int
     group_columns: int = 1  # blocks of a sequence that the device's attention takes at once
     device_is_host: bool = True  # else the device's budget is taken at once
+    record_bytes: int | None = None  # of a block on disk, where that is less than its bytes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TierPlacement:
     name: str
     home_blocks: int
     blocks: int
+    block_bytes: int  # of each, here
     used_bytes: int  # held of the budget
     budget_bytes: int
 
@@ -74,9 +76,8 @@ class Placement:
     tiers: tuple[TierPlacement, ...]  # from the device down
 
     def home_bytes(self, name: str) -> int:
-        """Bytes that are read from a tier for each token."""
-        of_it = (tier.home_blocks for tier in self.tiers if tier.name == name)
-        return sum(of_it) * self.shape.layout.num_bytes
+        """Bytes that are read from a tier for each token, packed where they lie packed."""
+        return sum(t.home_blocks * t.block_bytes for t in self.tiers if t.name == name)
 
     @property
     def resident_bytes(self) -> int:
@@ -115,17 +116,22 @@ def place(shape: CacheShape, num_tokens: int, sizes: TierSizes, chunk: int) -> P
     left = shape.num_blocks(num_tokens)
     resident = min(left, most - staging)
     held = resident if sizes.device_is_host else most
-    tiers = [TierPlacement("device", resident, resident, held * block_bytes, sizes.device_bytes)]
+    tiers = [
+        TierPlacement(
+            "device", resident, resident, block_bytes, held * block_bytes, sizes.device_bytes
+        )
+    ]
     left -= resident
     num_free = most - staging - resident
     ahead = _copies_ahead(shape, num_tokens, chunk, resident, num_free, is_full=left > 0)
     for rung, (name, size) in enumerate(rungs):
-        slots, is_last = size // block_bytes, rung == len(rungs) - 1
+        own_bytes = sizes.record_bytes or block_bytes if name == DISK else block_bytes
+        slots, is_last = size // own_bytes, rung == len(rungs) - 1
         blocks = min(slots, left + ahead)
         # Copies of what lies above give way only where the tier is the last.
         home = min(left, slots if is_last else max(0, slots - ahead))
-        committed = _committed(name, blocks, size, block_bytes)
-        tiers.append(TierPlacement(name, home, blocks, committed * block_bytes, size))
+        used = _committed(name, blocks, size, own_bytes) * own_bytes
+        tiers.append(TierPlacement(name, home, blocks, own_bytes, used, size))
         left -= home
         ahead = max(0, min(per_column - (slots - blocks), home)) if blocks else 0
     if left:

@@ -245,8 +245,9 @@ def _ways(
     if disk:
         assert rates.disk_read is not None, "there is a rate for every tier that holds blocks"
         loads["disk"] = disk * cold_share / rates.disk_read.value
+    from_disk = placement.cold_bytes - host  # as attention takes them
     if rates.link is None:
-        return here + host, disk, loads
-    if host or disk:
-        loads["link"] = (host + disk) * cold_share / rates.link.value
-    return here, host + disk, loads
+        return here + host, from_disk, loads
+    if host or from_disk:
+        loads["link"] = (host + from_disk) * cold_share / rates.link.value
+    return here, host + from_disk, loads

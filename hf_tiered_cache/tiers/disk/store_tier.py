@@ -2,7 +2,7 @@
 streamed. Nothing is demoted to it, and nothing in it is changed.
 
 A slot stands for an extent of a block file that is held open, so whoever evicts the file takes its
-name and not its bytes.
+name and not its bytes. The files of a prefix are let go with the last of its slots.
 """
 
 import errno
@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -47,6 +48,19 @@ class Source(NamedTuple):
     def pread_into(self, buffers: list[memoryview], offset: int, *, direct: bool) -> int:
         """Fill `buffers` from `offset`; the bytes read, maybe fewer."""
         return os.preadv(self.block.fd, buffers, offset)
+
+
+class _Span:
+    """Slots that were handed out together: from `first` on, one for each of `blocks`, which stay
+    open as long as any of them is held."""
+
+    __slots__ = ("blocks", "first", "num_held", "number")
+
+    def __init__(self, first: int, blocks: Sequence[OpenBlock], number: int) -> None:
+        self.first = first
+        self.blocks = blocks
+        self.number = number  # of the extent in each file
+        self.num_held = len(blocks)
 
 
 class _Reads:
@@ -121,7 +135,7 @@ class StoreTier(Tier):
         """budget: caps nothing here. put_away: called, in any thread, with a file whose bytes are
         not what was stored, and why. mover: see `DiskTier`."""
         super().__init__(block_bytes, budget)
-        self._spans: list[tuple[int, Sequence[OpenBlock], int]] = []  # by their first slot
+        self._spans: list[_Span] = []  # by their first slot
         self._num_slots = 0
         self._held: set[int] = set()
         self._reads = _Reads(put_away)
@@ -139,14 +153,18 @@ class StoreTier(Tier):
         first = self._num_slots
         slots = range(first, first + len(blocks))
         self._num_slots = slots.stop
-        self._spans.append((first, blocks, number))
+        self._spans.append(_Span(first, tuple(blocks), number))
         self._held.update(slots)
         return slots
 
+    def _span(self, slot: int) -> int:
+        """Where in `_spans` a slot that is held is."""
+        return bisect_right(self._spans, slot, key=_first) - 1
+
     def _source(self, slot: int) -> Source:
-        first, blocks, number = self._spans[bisect_right(self._spans, slot, key=_first) - 1]
-        block = blocks[slot - first]
-        return Source(block, block.header.extent(number))
+        span = self._spans[self._span(slot)]
+        block = span.blocks[slot - span.first]
+        return Source(block, block.header.extent(span.number))
 
     def allocate(self) -> int | None:
         """None: nothing can be written here."""
@@ -154,10 +172,14 @@ class StoreTier(Tier):
         return None
 
     def free(self, slot: int) -> None:
-        """Give a slot back; the file stays."""
+        """Give a slot back; its file is let go with the last slot of its span."""
         self._check_open()
         self.check_allocated([slot])
         self._held.remove(slot)
+        at = self._span(slot)
+        self._spans[at].num_held -= 1
+        if not self._spans[at].num_held:
+            del self._spans[at]
 
     def read(self, slots: Sequence[int], out: Sequence[torch.Tensor]) -> Transfer:
         """Load extents; the transfer fails (TierIOError) unless every byte is what was stored."""
@@ -204,6 +226,10 @@ class StoreTier(Tier):
         """Give back every slot but these; see `Tier.keep_only`."""
         self._check_open()
         self._held = set(slots)
+        held = Counter(self._span(slot) for slot in self._held)
+        for at, span in enumerate(self._spans):
+            span.num_held = held[at]
+        self._spans = [span for span in self._spans if span.num_held]
 
     def check_allocated(self, slots: Sequence[int]) -> None:
         """Raise BlockStateError unless every slot is handed out."""
@@ -247,8 +273,8 @@ class StoreTier(Tier):
             )
 
 
-def _first(span: tuple[int, Sequence[OpenBlock], int]) -> int:
-    return span[0]
+def _first(span: _Span) -> int:
+    return span.first
 
 
 def _shut_down(pid: int, mover: Mover, reads: _Reads) -> None:

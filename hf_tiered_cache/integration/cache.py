@@ -29,6 +29,7 @@ from hf_tiered_cache.config import TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
     ConfigError,
+    OutOfBlocksError,
     UnsupportedInputError,
 )
 from hf_tiered_cache.integration import attention, forwards, planning, saved, untiered
@@ -201,7 +202,14 @@ class TieredCache(DynamicCache):
             layer = self._layer_with_tokens(layer_idx)
             if isinstance(layer, TieredLayer) and key_states.shape[-2] > 0:
                 self._check_order(layer_idx, layer)
-            return layer.update(key_states, value_states, *args, **kwargs)
+            try:
+                return layer.update(key_states, value_states, *args, **kwargs)
+            except OutOfBlocksError:
+                # What waits to be written to the store keeps its blocks.
+                store = self.store
+                if store is None or not store.publisher.drop(self._owned.pool):
+                    raise
+                return layer.update(key_states, value_states, *args, **kwargs)
 
     # The slots of a moment are no constants: a compiled model breaks its graph here.
     _update_uncompiled = torch.compiler.disable(update)

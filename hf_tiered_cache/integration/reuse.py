@@ -78,10 +78,12 @@ class Reuse:
         if given is None and (why := self._why_not or call.why_no_cache()):
             self.store.bypass(why)
             return self._generate(*args, **kwargs)
-        if given is not None:
+        if given is not None and given.get_seq_length():  # it cannot be begun anew
             return self._run(call, given)
         for attempt in range(1, ATTEMPTS + 1):
-            cache = TieredCache(self.model.config, store=self.store, **self._knobs)
+            cache = given
+            if cache is None:
+                cache = TieredCache(self.model.config, store=self.store, **self._knobs)
             try:
                 return self._run(call, cache, attempt < ATTEMPTS)
             except TierIOError as error:
@@ -90,6 +92,7 @@ class Reuse:
                 if self.store.on_load_failure == "raise" or not (is_ours and call.may_repeat()):
                     raise
                 self.store.note_recompute(error)
+                cache.reset()
         raise AssertionError("the last attempt restores nothing")
 
     def _is_ours(self, cache: Any) -> bool:

@@ -37,7 +37,8 @@ class StoredPrefix:
         self.space: bytes | None = None  # of the model whose tokens are held
         self.restored_tokens = 0
         self.is_publishing = False  # as forwards go on
-        self._num_published = 0  # columns that need not be looked at again
+        self._published_tokens = 0  # whose full blocks need not be looked at again
+        self._asked: set[bytes] = set()  # of the sequence held: asking twice would make them "hot"
 
     def copy(self) -> "StoredPrefix":
         """The same, for a fork of the cache."""
@@ -45,24 +46,24 @@ class StoredPrefix:
         other.salt = self.salt
         other.record = self.record.copy()
         other.space, other.restored_tokens = self.space, self.restored_tokens
-        other._num_published = self._num_published
+        other._published_tokens, other._asked = self._published_tokens, set(self._asked)
         return other
 
     def reset(self) -> None:
         """The cache is empty."""
         self.record.forget()
-        self.space, self.restored_tokens, self._num_published = None, 0, 0
+        self.space, self.restored_tokens, self._published_tokens = None, 0, 0
+        self._asked.clear()
 
     def crop(self, num_tokens: int) -> None:
         """The cache holds the first tokens only; what comes next may be others."""
         self.record.crop(num_tokens)
         self.restored_tokens = min(self.restored_tokens, num_tokens)
-        self._num_published = 0
+        self._published_tokens = min(self._published_tokens, num_tokens)
 
     def select(self, rows: list[int]) -> None:
         """Row `i` is what row `rows[i]` was."""
-        self.record.select(torch.tensor(rows))
-        self._num_published = 0
+        self.record.select(torch.tensor(rows))  # what was looked at of all rows was of these
 
     def cut_what_is_held(self, kwargs: dict[str, Any], held: int) -> None:
         """Where a forward is given the whole sequence, as its positions tell, and `held` tokens of
@@ -169,7 +170,8 @@ class StoredPrefix:
         if not block_tokens or self.record.ids is None or self.space is None:
             return None
         num_full = self.record.num_tokens // block_tokens
-        first, self._num_published = min(self._num_published, num_full), num_full
+        first = min(self._published_tokens // block_tokens, num_full)
+        self._published_tokens = num_full * block_tokens
         if first == num_full:
             return None
         if model is not None and model_space(model, self.salt) != self.space:
@@ -179,8 +181,10 @@ class StoredPrefix:
         wanted: dict[bytes, tuple[int, int]] = {}
         for column in range(first, num_full):
             for row, chain in enumerate(names):
-                if chain[column] not in wanted and self.store.is_wanted(self.space, chain[column]):
-                    wanted[chain[column]] = (row, column)
+                key = chain[column]
+                if key not in self._asked and self.store.is_wanted(self.space, key):
+                    wanted[key] = (row, column)
+                self._asked.add(key)
         if not wanted:
             return None
         return Published(self.store, self.space, owned, len(layers), names, [*wanted.values()])
@@ -204,6 +208,7 @@ class Published:
         self._names = names
         self._wanted = wanted
         self._num_layers = num_layers
+        self._is_dropped = False
         self._forks = OwnedTables(owned.pool)
         for number in range(num_layers):
             held = owned.table(number)
@@ -223,10 +228,12 @@ class Published:
         try:
             stopped: set[int] = set()
             for row, column in self._wanted:
+                if self._is_dropped:
+                    break
                 if row not in stopped and not self._write(row, column):
                     stopped.add(row)
         finally:
-            self.drop()
+            self._forks.close()
 
     def _write(self, row: int, column: int) -> bool:
         chain = self._names[row]
@@ -248,14 +255,16 @@ class Published:
 
     def submit(self) -> int:
         """Let the store's thread write them; the number of blocks, 0 where too much waits."""
-        if self._store.publish(self.num_bytes, self.run):
+        keys = frozenset(self._names[row][column] for row, column in self._wanted)
+        pool = self._forks.pool
+        if self._store.publish(self.num_bytes, self.run, keys=keys, drop=self.drop, owner=pool):
             return len(self._wanted)
-        self.drop()
+        self._forks.close()
         return 0
 
     def drop(self) -> None:
-        """Let the forks go. Idempotent."""
-        self._forks.close()
+        """Write nothing more. From any thread; `run` lets the forks go."""
+        self._is_dropped = True
 
 
 def restore_layers(

@@ -17,23 +17,25 @@ import fcntl
 import logging
 import os
 import resource
-import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from time import time_ns
+from time import monotonic, time_ns
 from typing import Any, NamedTuple
 
 from hf_tiered_cache.errors import ConfigError, TierIOError, io_error
 from hf_tiered_cache.sizes import AUTO, format_bytes, parse_bytes
-from hf_tiered_cache.store import files
-from hf_tiered_cache.store.files import BlockFileError, NewBlock, OpenBlock
+from hf_tiered_cache.store import files, journal
+from hf_tiered_cache.store.files import BlockFileError, Inode, NewBlock, OpenBlock
+from hf_tiered_cache.store.folder_lock import FolderLock
 from hf_tiered_cache.store.index import Index
 from hf_tiered_cache.store.journal import Event, Journal, Record, TornJournalError
+from hf_tiered_cache.store.keys import KEY_BYTES
 from hf_tiered_cache.store.policies import EvictionPolicy
-from hf_tiered_cache.store.publisher import Publisher
+from hf_tiered_cache.store.publisher import Publisher, Work
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,19 @@ QUARANTINE_FILES = 16
 RECORDS_PER_BLOCK, LEAST_RECORDS = 8, 10_000
 MOST_DESCRIPTORS = 65_536  # asked of the system
 BATCH_BYTES = 64 * 1024 * 1024  # named at once, under one lock
-_LOCK, _PINS, _CORRUPT = "lock", "pins", "corrupt"
+REFUSED_SECONDS = 60.0  # after the system refused a write, until the next is tried
+_PINS, _CORRUPT = "pins", "corrupt"
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REMEDIES = {
+    **dict.fromkeys(_FULL, "free space there, or make the store with a smaller capacity_bytes"),
+    **dict.fromkeys(files.REFUSALS, "the folder can only be read: blocks are found and not put"),
+    **dict.fromkeys(
+        (errno.ENOENT, errno.EBADF), "the folder is gone or the store closed: make a new BlockStore"
+    ),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "too many files are open: raise `ulimit -n`, or close some"
+    ),
+}
 
 
 class LayerData(NamedTuple):
@@ -120,7 +134,8 @@ class BlockStore:
             "recompute" what is missing, or "raise" the TierIOError.
         salt: blocks are found under the salt only with which they were put (a tenant's secret).
 
-    Raises ConfigError for an impossible value, or a folder that cannot be used.
+    A folder that refuses to be written to is read from. Raises ConfigError for an impossible value,
+    or a folder that cannot be used.
     """
 
     def __init__(
@@ -157,21 +172,33 @@ class BlockStore:
         self.salt = salt.encode() if isinstance(salt, str) else salt
         self._durability = durability
         self._root_fd = _open_root(self.root)
+        self._close_root = weakref.finalize(self, os.close, self._root_fd)
+        self._close_root.atexit = False  # the publisher may still write
         status = os.fstatvfs(self._root_fd)
         free_bytes = status.f_bavail * status.f_frsize
         self.capacity_bytes = free_bytes if capacity == AUTO else int(capacity)
         self._policy: Callable[[int], EvictionPolicy] = policy
         self._most_open = _descriptors() // 2
-        self._mutex = threading.RLock()
-        self._lock_fd = os.open(
-            _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.FILE_MODE, dir_fd=self._root_fd
-        )
+        try:
+            self._lock = FolderLock(self._root_fd)
+        except OSError as error:
+            raise ConfigError(
+                f"the store's folder {str(self.root)!r} cannot be used: {error.strerror}; choose"
+                " another"
+            ) from None
         self._journal = Journal(self._root_fd)
         self._index = Index(policy(self.capacity_bytes))
         self._seen: OrderedDict[bytes, int] = OrderedDict()
         self.counters: Counter[str] = Counter()
-        self._is_read_only = False
-        self.publisher = Publisher(self._publishing_failed)
+        self._refused_until = 0.0
+        self._unreadable: set[tuple[bytes, int]] = set()  # keys, and when they were written
+        failed = weakref.WeakMethod(self._publishing_failed)  # its thread keeps no store alive
+        self.publisher = Publisher(lambda error: (tell := failed()) and tell(error))
+        if self._lock.is_read_only:
+            logger.warning(
+                "the store %s can only be read: what is found there is used, nothing is put",
+                self.root,
+            )
         with self._locked():
             self._catch_up()
             if capacity == AUTO:
@@ -205,30 +232,41 @@ class BlockStore:
     def open(self, space: bytes, key: bytes) -> OpenBlock | None:
         """The block of that key, or None. What is no good is put away, and is a miss."""
         try:
-            return files.open_block(self._root_fd, str(self.root), space, key)
+            block = files.open_block(self._root_fd, str(self.root), space, key)
         except FileNotFoundError:
             return None
         except BlockFileError as error:
-            self.quarantine(space, key, error)
+            self.quarantine(files.relative_path(space, key), error, error.inode)
         except OSError as error:
-            self.counters["errors"] += 1
-            _warn_once(
-                f"the store {self.root} cannot be read ({error.strerror}): blocks are computed anew"
-            )
+            self._note_trouble(error)
+        else:
+            if (key, block.header.created_ns) not in self._unreadable:
+                return block
         return None
 
+    def _note_trouble(self, error: OSError) -> None:
+        """The folder cannot be looked at; it is as if nothing were there."""
+        self.counters["errors"] += 1
+        _warn_once(
+            f"the store {self.root} cannot be read ({error.strerror}): blocks are computed anew"
+        )
+
     def _note_hit(self, key: bytes) -> None:
-        with contextlib.suppress(OSError), self._mutex:  # a hint
+        with contextlib.suppress(OSError), self._lock.mutex:  # a hint
             if self._journal.is_current() or self._reopen():
                 self._journal.append([Record(Event.HIT, key)])
 
     def put_away(self, block: OpenBlock, why: str) -> None:
-        """`quarantine` of a block that is open. From any thread."""
-        self.quarantine(block.header.space, block.key, why)
+        """`quarantine` of a block that is open. From any thread. This process does not find it
+        again, also where it has to stay."""
+        self._unreadable.add((block.key, block.header.created_ns))
+        with contextlib.suppress(OSError):  # a file that cannot even be asked which one it is
+            self.quarantine(files.relative_path(block.header.space, block.key), why, block.inode)
 
-    def quarantine(self, space: bytes, key: bytes, why: object) -> None:
+    def quarantine(self, path: str, why: object, inode: Inode | None = None) -> None:
         """Put a file away that is not what its name says, for people to look at; it is a miss from
-        now on."""
+        now on. path: below the root. inode: of the file that was found bad, where that is known:
+        another one of that name, which somebody stored meanwhile, stays."""
         self.counters["quarantined"] += 1
         logger.warning(
             "a block of the store is no good and was put into %s: %s. It is computed anew; if this"
@@ -237,7 +275,9 @@ class BlockStore:
             why,
         )
         with contextlib.suppress(OSError), self._locked():
-            path = files.relative_path(space, key)
+            if inode not in (None, files.inode_of(self._root_fd, path)):
+                return
+            key = _key_of(path)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(_CORRUPT, files.DIR_MODE, dir_fd=self._root_fd)
             put_away = f"{_CORRUPT}/{key.hex()}.{time_ns()}"
@@ -252,15 +292,20 @@ class BlockStore:
     # Writing
 
     def is_wanted(self, space: bytes, key: bytes) -> bool:
-        """Whether a block is to be put: it is not there, and `ingest` takes it."""
-        if self._is_read_only:
+        """Whether a block is to be put: it is neither there nor on its way, and `ingest` takes
+        it."""
+        if self._is_read_only or self.publisher.has(key):
             return False
-        if files.exists(self._root_fd, files.relative_path(space, key)):
-            self.counters["already_there"] += 1
+        try:
+            if files.exists(self._root_fd, files.relative_path(space, key)):
+                self.counters["already_there"] += 1
+                return False
+        except OSError as error:
+            self._note_trouble(error)
             return False
         if self.ingest == "all":
             return True
-        with self._mutex:
+        with self._lock.mutex:
             times = self._seen[key] = self._seen.pop(key, 0) + 1
             while len(self._seen) > HOT_KEYS:
                 self._seen.popitem(last=False)
@@ -269,24 +314,47 @@ class BlockStore:
     def put(self, space: bytes, parent: bytes, chain: Sequence[TokenBlock]) -> int:
         """Write consecutive blocks, of which `parent` names the one before; the number written.
 
-        Fewer than all where a block before them is not there, or they do not fit. Raises
-        TierIOError when they cannot be written; none of them is there then, or the first few.
+        Fewer than all where a block before them is not there, or they do not fit. On a full disk
+        others leave for them. Raises TierIOError when they cannot be written; none of them is there
+        then, or the first few.
         """
         written = 0
         for batch in _batches(chain):
             if self._is_read_only:
                 break
             try:
-                done = self._put_batch(space, parent, batch)
-            except OSError as error:
+                with _told(self.root):
+                    done = self._put_even_if_full(space, parent, batch)
+            except TierIOError:
                 self.counters["write_errors"] += 1
-                raise _write_failure(self.root, error) from error
+                raise
             written += done
             if done < len(batch):
                 break
             parent = batch[-1].key
         self.counters["put"] += written
         return written
+
+    def _put_even_if_full(self, space: bytes, parent: bytes, batch: Sequence[TokenBlock]) -> int:
+        try:
+            return self._put_batch(space, parent, batch)
+        except OSError as error:
+            if error.errno not in _FULL or not self._let_leave(batch, parent):
+                raise
+        return self._put_batch(space, parent, batch)
+
+    def _let_leave(self, batch: Sequence[TokenBlock], parent: bytes) -> bool:
+        """Evict as much as the batch takes, below what is held now; whether that could be done."""
+        with self._locked():
+            self._catch_up()
+            pages = sum(len(it.data) for block in batch for it in block.layers)
+            pages += 2 * files.ALIGNMENT_BYTES * len(batch)  # header and footer
+            held = self._index.num_bytes
+            gone: list[bytes] = []
+            keep = [*self._pinned(), parent]
+            has_room = self._make_room(self.capacity_bytes - max(0, held - pages), gone, keep)
+            self._journal.append(Record(Event.GONE, key) for key in gone)
+        return has_room and bool(gone)
 
     def _put_batch(self, space: bytes, parent: bytes, batch: Sequence[TokenBlock]) -> int:
         with contextlib.ExitStack() as stack:
@@ -345,23 +413,23 @@ class BlockStore:
 
     def _make_room(self, num_bytes: int, gone: list[bytes], keep: Sequence[bytes]) -> bool:
         def evict(key: bytes) -> None:
-            self._unlink(self._index.entries[key].space, key)
+            self._unlink(files.relative_path(self._index.entries[key].space, key))
             self._index.remove(key)
             gone.append(key)
             self.counters["evicted"] += 1
 
         return self._index.make_room(num_bytes, evict, keep)
 
-    def _unlink(self, space: bytes, key: bytes) -> None:
+    def _unlink(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(files.relative_path(space, key), dir_fd=self._root_fd)
+            os.unlink(path, dir_fd=self._root_fd)
 
-    def publish(self, num_bytes: int, run: Callable[[], None]) -> bool:
+    def publish(self, num_bytes: int, run: Callable[[], None], **work: Any) -> bool:
         """Do `run`, which puts blocks of so many bytes, in the background; False, and it is never
-        done, where too much waits already."""
+        done, where too much waits already. work: see `Work`."""
         if self._is_read_only:
             return False
-        is_queued = self.publisher.submit(num_bytes, run)
+        is_queued = self.publisher.submit(Work(num_bytes, run, **work))
         if not is_queued:
             self.counters["dropped"] += 1
         return is_queued
@@ -383,8 +451,12 @@ class BlockStore:
     def _publishing_failed(self, error: Exception) -> None:
         self.counters["publish_errors"] += 1
         _warn_once(f"blocks could not be published to {self.root}: {error}")
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            self._is_read_only = True
+        if isinstance(error, OSError) and error.errno in files.REFUSALS:
+            self._refused_until = monotonic() + REFUSED_SECONDS
+
+    @property
+    def _is_read_only(self) -> bool:
+        return self._lock.is_read_only or monotonic() < self._refused_until
 
     # Keeping house
 
@@ -425,9 +497,9 @@ class BlockStore:
     def ls(self) -> Iterator[Listed]:
         """Every block, as its own header tells. Damaged ones are left out."""
         pinned = set(self._pinned())
-        for space, key, status in self._walk():
+        for path, key, status in self._walk():
             try:
-                block = files.open_block(self._root_fd, str(self.root), space, key)
+                block = files.open_path(self._root_fd, str(self.root), path)
             except OSError:
                 continue
             header = block.header
@@ -439,28 +511,37 @@ class BlockStore:
             block.close()
 
     def verify(self, repair: bool = False) -> Iterator[tuple[str, str]]:
-        """(path, what is wrong) of every block whose header or bytes are not what was stored.
-        repair: put them away."""
-        for space, key, _ in self._walk():
-            path = files.relative_path(space, key)
-            try:
-                block = files.open_block(self._root_fd, str(self.root), space, key)
-                for extent in block.header.extents:
-                    block.read(extent)
-                block.close()
-            except FileNotFoundError:
-                continue
-            except BlockFileError as error:
+        """(path, what is wrong) of every block whose header or bytes are not what was stored, or
+        cannot be read. repair: put them away."""
+        for path, _, _ in self._walk():
+            error = self._wrong_with(path)
+            if error is not None:
                 yield path, str(error)
-                if repair:
-                    self.quarantine(space, key, error)
+                if repair and error.errno not in files.PASSING:
+                    self.quarantine(path, error)
+
+    def _wrong_with(self, path: str) -> OSError | None:
+        try:
+            block = files.open_path(self._root_fd, str(self.root), path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return error
+        try:
+            for extent in block.header.extents:
+                block.read(extent)
+        except OSError as error:
+            return error
+        finally:
+            block.close()
+        return None
 
     def purge(self) -> int:
         """Remove every block, pinned ones too; the number removed."""
         with self._locked():
             removed = 0
-            for space, key, _ in self._walk():
-                self._unlink(space, key)
+            for path, _, _ in self._walk():
+                self._unlink(path)
                 removed += 1
             for key in self._pinned():
                 self.unpin(key)
@@ -503,13 +584,11 @@ class BlockStore:
     def close(self, timeout_seconds: float | None = None) -> None:
         """Write what was published, then give threads and descriptors back. Idempotent."""
         self.publisher.close(timeout_seconds)
-        with self._mutex:
+        with self._lock.mutex:
             self._journal.close()
-            lock_fd, self._lock_fd = self._lock_fd, -1
-            root_fd, self._root_fd = self._root_fd, -1
-            for fd in (lock_fd, root_fd):
-                if fd >= 0:
-                    os.close(fd)
+            self._lock.close()
+            self._root_fd = -1
+            self._close_root()
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopened, (str(self.root), self._knobs)
@@ -524,13 +603,10 @@ class BlockStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone among threads and processes. Reentrant."""
-        with self._mutex:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        """Alone among threads and processes. Reentrant. What the system refuses becomes a
+        TierIOError."""
+        with _told(self.root), self._lock.held():
+            yield
 
     def _catch_up(self) -> None:
         """Replay what happened since; the caller holds the lock."""
@@ -542,12 +618,13 @@ class BlockStore:
         except TornJournalError:
             self._rebuild()
         if self._journal.num_records > max(LEAST_RECORDS, RECORDS_PER_BLOCK * len(self._index)):
-            self._begin_anew(
-                [
-                    Record(Event.PUT, key, it.num_bytes, it.parent, it.space)
-                    for key, it in self._index.entries.items()  # the most recent last
-                ]
-            )
+            with contextlib.suppress(OSError):  # a full disk: it goes on with the long one
+                self._begin_anew(
+                    [
+                        Record(Event.PUT, key, it.num_bytes, it.parent, it.space)
+                        for key, it in self._index.entries.items()  # the most recent last
+                    ]
+                )
 
     def _reopen(self) -> bool:
         """Begin with the store's journal, which is another one now; False where there is none."""
@@ -565,41 +642,40 @@ class BlockStore:
                     self._index.hit(one)
 
     def _rebuild(self) -> None:
-        """Make journal and index from the files; the last one written counts as the most recent."""
+        """Make journal and index from the files; the last one written counts as the most recent.
+        The index alone, where the disk takes no journal."""
         found = []
-        for space, key, status in self._walk():
+        for path, key, status in self._walk():
             try:
-                block = files.open_block(self._root_fd, str(self.root), space, key)
+                block = files.open_path(self._root_fd, str(self.root), path)
             except OSError:
                 continue
             size = _size_on_disk(status.st_size)
             record = Record(Event.PUT, key, size, block.header.parent, block.header.space)
             found.append((status.st_mtime_ns, -block.header.number, record))
             block.close()
-        self._begin_anew([record for *_, record in sorted(found)])
+        records = [record for *_, record in sorted(found)]
+        try:
+            self._begin_anew(records)
+        except OSError:
+            self._journal.close()
+            self._index = Index(self._policy(self.capacity_bytes))
+            self._replay(records)
 
     def _begin_anew(self, records: Sequence[Record]) -> None:
         self._journal.rewrite(records)
         self._reopen()
         self._replay(self._journal.read_new())
 
-    def _walk(self) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-        """(namespace, key, status) of every block file; of the namespace only what its folder says
-        is known, the rest comes from the first file in it."""
-        for folder in sorted((self.root / files.VERSION_DIR).glob("*")):
-            space: bytes | None = None
-            for path in sorted(folder.glob(f"??/??/*{files.SUFFIX}")):
-                try:
-                    key = bytes.fromhex(path.name.removesuffix(files.SUFFIX))
-                    status = path.lstat()
-                except (ValueError, OSError):
-                    continue
-                if len(key) != 32:
-                    continue
-                known = files.space_of(path)
-                space = known if known is not None and known.hex()[:16] == folder.name else space
-                if space is not None:
-                    yield space, key, status
+    def _walk(self) -> Iterator[tuple[str, bytes, os.stat_result]]:
+        """(path below the root, key, status) of every file that is named like a block."""
+        for path in sorted((self.root / files.VERSION_DIR).glob(f"*/??/??/*{files.SUFFIX}")):
+            try:
+                key, status = _key_of(path), path.lstat()
+            except (ValueError, OSError):
+                continue
+            if len(key) == KEY_BYTES:
+                yield str(path.relative_to(self.root)), key, status
 
 
 def _descriptors() -> int:
@@ -609,7 +685,12 @@ def _descriptors() -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def _key_of(path: str | Path) -> bytes:
+    return bytes.fromhex(os.path.basename(path).removesuffix(files.SUFFIX))
 
 
 @cache
@@ -659,8 +740,12 @@ def _open_root(root: Path) -> int:
 
 
 def _sweep(root_fd: int, root: Path) -> int:
-    """Remove temporary files whose writer is gone."""
+    """Remove temporary files whose writer is gone; of journals, those of whoever had the lock."""
     swept = 0
+    for path in root.glob(f"{journal.NAME}*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+            swept += 1
     for path in (root / files.VERSION_DIR).glob("*/??/??/.*.tmp"):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -687,9 +772,16 @@ def _empty_folder(root_fd: int, name: str) -> int:
         os.close(fd)
 
 
-def _write_failure(root: Path, error: OSError) -> TierIOError:
-    return io_error(
-        error.errno,
-        f"cannot write to the store {str(root)!r}: {error.strerror}; nothing was lost but the"
-        " chance to find these blocks again",
-    )
+@contextlib.contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """Say of what the system refuses where it was, and what to do about it."""
+    try:
+        yield
+    except TierIOError:
+        raise
+    except OSError as error:
+        raise io_error(
+            error.errno,
+            f"the store {str(root)!r}: {error.strerror}; nothing was lost but the chance to find"
+            f" blocks again; {_REMEDIES.get(error.errno or errno.EIO, 'check the disk')}",
+        ) from error

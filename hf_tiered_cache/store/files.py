@@ -63,8 +63,19 @@ KIND_KV = 0  # keys then values of one layer, as `BlockLayout` lays them out
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
 
 
+# What the system answers where nothing may be written.
+REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM}
+# Of a read that failed: what says nothing of the file.
+PASSING = {errno.ECANCELED, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+Inode = tuple[int, int]
+
+
 class BlockFileError(TierIOError):
-    """A file of a store is not what its name says: damaged, foreign, or of another kind."""
+    """A file of a store is not what its name says: damaged, foreign, or of another kind. `inode`:
+    of the file, where it could be opened."""
+
+    inode: Inode | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +266,12 @@ class OpenBlock:
         """Its name."""
         return self.header.key
 
+    @property
+    def inode(self) -> Inode:
+        """Which file it is, whatever name it has by now."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
     def read(self, extent: Extent) -> bytes:
         """The bytes of an extent. Raises BlockFileError if they are not what was stored."""
         data = os.pread(self.fd, extent.num_bytes, extent.offset)
@@ -288,21 +305,10 @@ def exists(root_fd: int, path: str) -> bool:
     return True
 
 
-def space_of(path: str | os.PathLike[str]) -> bytes | None:
-    """The namespace that a file claims to be of; None where it is no block file."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return None
-    try:
-        head = os.pread(fd, _FIXED.size, 0)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    if len(head) < _FIXED.size or not head.startswith(MAGIC):
-        return None
-    return _FIXED.unpack(head)[10]
+def inode_of(root_fd: int, path: str) -> Inode:
+    """Which file has that name. Raises FileNotFoundError."""
+    status = os.stat(path, dir_fd=root_fd, follow_symlinks=False)
+    return status.st_dev, status.st_ino
 
 
 def open_block(root_fd: int, root: str, space: bytes, key: bytes) -> OpenBlock:
@@ -311,7 +317,15 @@ def open_block(root_fd: int, root: str, space: bytes, key: bytes) -> OpenBlock:
     Raises FileNotFoundError where there is none, BlockFileError where it is not what it should be,
     other OSErrors as the system raises them.
     """
-    path = relative_path(space, key)
+    return _open(root_fd, root, relative_path(space, key), space)
+
+
+def open_path(root_fd: int, root: str, path: str) -> OpenBlock:
+    """The same by where it is, for those who know no namespaces."""
+    return _open(root_fd, root, path, None)
+
+
+def _open(root_fd: int, root: str, path: str, space: bytes | None) -> OpenBlock:
     try:
         fd = os.open(
             path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root_fd
@@ -322,12 +336,16 @@ def open_block(root_fd: int, root: str, space: bytes, key: bytes) -> OpenBlock:
         raise
     try:
         header = _checked(fd)
-        if header.key != key or header.space != space:
+        is_named_so = relative_path(header.space, header.key) == path
+        if not is_named_so or space not in (None, header.space):
             raise BlockFileError("it holds another block than its name says")
     except BaseException as error:
+        status = os.fstat(fd)
         os.close(fd)
         if isinstance(error, BlockFileError):
-            raise BlockFileError(f"{root}/{path}: {error}") from None
+            told = BlockFileError(f"{root}/{path}: {error}")
+            told.inode = status.st_dev, status.st_ino
+            raise told from None
         raise
     return OpenBlock(fd, header, f"{root}/{path}")
 
@@ -440,7 +458,10 @@ def _make_folders(root_fd: int, folder: str) -> None:
     except FileExistsError:
         return
     except FileNotFoundError:
-        _make_folders(root_fd, os.path.dirname(folder))
+        above = os.path.dirname(folder)
+        if not above:  # the root itself is gone
+            raise
+        _make_folders(root_fd, above)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, DIR_MODE, dir_fd=root_fd)
 

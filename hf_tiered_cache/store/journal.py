@@ -8,6 +8,7 @@ Puts and evictions are appended by whoever holds the store's lock, hits by anybo
 O_APPEND is one step on a local file system). One hit tells of a whole prefix: its last block.
 """
 
+import contextlib
 import errno
 import os
 import struct
@@ -17,9 +18,10 @@ from typing import NamedTuple
 
 import xxhash
 
-from hf_tiered_cache.store.files import FILE_MODE
+from hf_tiered_cache.store.files import FILE_MODE, REFUSALS
 
 NAME = "journal"
+TEMPORARY = f"{NAME}.tmp"  # of whoever holds the lock: what a killed one left is written over
 _RECORD = struct.Struct("<BxxxxxxxQ32s32s32s8s")
 RECORD_BYTES = _RECORD.size
 _CHECKED = RECORD_BYTES - 8
@@ -85,11 +87,19 @@ class Journal:
         """Begin to read the store's journal from its start; False where there is none."""
         self.close()
         try:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = os.open(NAME, flags, dir_fd=self._root_fd)
+            self._fd = self._opened()
         except FileNotFoundError:
             return False
         return True
+
+    def _opened(self) -> int:
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(NAME, flags | os.O_RDWR | os.O_APPEND, dir_fd=self._root_fd)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+        return os.open(NAME, flags | os.O_RDONLY, dir_fd=self._root_fd)
 
     def read_new(self) -> list[Record]:
         """What was appended since. Raises TornJournalError."""
@@ -113,24 +123,31 @@ class Journal:
         """Write records behind all others, in one step. Raises OSError."""
         data = b"".join(record.pack() for record in records)
         if data and self._fd >= 0 and os.write(self._fd, data) != len(data):
-            raise OSError(errno.EIO, "the journal took a part of what was written")
+            raise OSError(errno.ENOSPC, f"the journal took a part: {os.strerror(errno.ENOSPC)}")
 
     def rewrite(self, records: Iterable[Record]) -> None:
         """Put a journal of these records in the place of the store's; for whoever holds its lock.
-        It is to be opened."""
-        temporary = f"{NAME}.{os.getpid()}.tmp"
+        It is to be opened. Raises OSError, and changes nothing."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(temporary, flags, FILE_MODE, dir_fd=self._root_fd)
+        fd = os.open(TEMPORARY, flags, FILE_MODE, dir_fd=self._root_fd)
         try:
-            os.fchmod(fd, FILE_MODE)
-            with open(fd, "wb", closefd=False) as file:
-                file.write(b"".join(record.pack() for record in records))
-        finally:
-            os.close(fd)
-        os.rename(temporary, NAME, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+            try:
+                os.fchmod(fd, FILE_MODE)
+                with open(fd, "wb", closefd=False) as file:
+                    file.write(b"".join(record.pack() for record in records))
+            finally:
+                os.close(fd)
+            os.rename(TEMPORARY, NAME, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(TEMPORARY, dir_fd=self._root_fd)
+            raise
 
     def close(self) -> None:
         """Give the descriptor back. Idempotent."""
         fd, self._fd, self._offset = self._fd, -1, 0
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()

@@ -19,11 +19,11 @@ import torch
 
 from hf_tiered_cache.errors import BlockStateError, ClosedCacheError, TierIOError, io_error
 from hf_tiered_cache.finalizers import do_all, in_finalizer
-from hf_tiered_cache.store.files import Extent, OpenBlock
+from hf_tiered_cache.store.files import PASSING, Extent, OpenBlock
 from hf_tiered_cache.tiers.base import Budget, Tier, check_blocks
 from hf_tiered_cache.tiers.disk.block_file import Entrance
 from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover
-from hf_tiered_cache.tiers.disk.record_jobs import ReadRecords
+from hf_tiered_cache.tiers.disk.record_jobs import Outcome, ReadRecords
 from hf_tiered_cache.tiers.disk.records import Record
 from hf_tiered_cache.transfers import DONE, Transfer
 
@@ -102,6 +102,16 @@ class ReadExtent(ReadRecords):
         """Where it begins in the file."""
         return self._file.extent.offset
 
+    def _attempt(self, work: Callable[[], Sequence[bytes]]) -> Outcome:
+        outcome = super()._attempt(work)
+        error = outcome.error
+        if error is None or error.errno in PASSING or error.errno == errno.EBADMSG:
+            return outcome
+        cause = error.__cause__ or error
+        why = f"layer {self._file.extent.layer} in {self._file.directory} cannot be read: {cause}"
+        self._table.put_away(self._file.block, why)
+        return outcome._replace(error=_put_away_error(error.errno, why))
+
     def _checksums(self, written: Callable[[Record], tuple[bytes, str]]) -> list[bytes]:
         return [self._file.extent.checksum]
 
@@ -111,11 +121,15 @@ class ReadExtent(ReadRecords):
             f" expected xxh3_128 {expected.hex()}, got {got.hex()}"
         )
         self._table.put_away(self._file.block, why)
-        return io_error(
-            errno.EBADMSG,
-            f"{why}. The block was put away and will be computed anew: try again; if this comes"
-            " often, check the disk",
-        )
+        return _put_away_error(errno.EBADMSG, why)
+
+
+def _put_away_error(code: int | None, why: str) -> TierIOError:
+    return io_error(
+        code,
+        f"{why}. The block was put away and will be computed anew: try again; if this comes often,"
+        " check the disk",
+    )
 
 
 class StoreTier(Tier):

@@ -73,10 +73,12 @@ def verify(
     from hf_tiered_cache.evaluation.pace import format_seconds, measure_pace, quick_context
     from hf_tiered_cache.evaluation.passes import num_passes
     from hf_tiered_cache.evaluation.scoring import Plan, make_windows
+    from hf_tiered_cache.integration.cache import TieredCache
 
     where = choose_device(device)
     outline = load_outline(model, dtype)
     check_fits(outline, context, new_tokens, attention)
+    TieredCache(outline.config, packing=packing).close()  # an unknown codec is said before loading
     tokenizer = load_tokenizer(model)
     found = options.find_documents(tokenizer, data, split, column, join, context, documents)
     dtype, why = choose_dtype(outline, dtype, where)

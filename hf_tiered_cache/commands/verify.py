@@ -13,6 +13,7 @@ from hf_tiered_cache.commands.manners import (
     print_json,
     tell,
 )
+from hf_tiered_cache.config import NO_PACKING
 from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.names import AUTO, model_name
 
@@ -34,7 +35,7 @@ def verify(
     device: options.Device = AUTO,
     attention: options.Attention = None,
     block_tokens: options.BlockTokens = None,
-    packing: options.Packing = AUTO,
+    packing: options.Packing = NO_PACKING,
     disk_dir: options.DiskDir = None,
     threads: options.Threads = None,
     quick: options.Quick = False,

@@ -62,7 +62,7 @@ class TieredCacheConfig:
     extra_tiers: Mapping[str, int | str] | None = None
     # What blocks are encoded with on disk: "none", an exact codec by name or as "module:Class"; or
     # "auto": bfloat16 as "bf16_12bit" where compiled kernels run, anything else as it is.
-    packing: str = AUTO
+    packing: str = NO_PACKING
     # Which blocks leave a rung first: the name of a demotion policy ("by_age"; for drafts
     # "sinks_and_recent"), or "module:Class".
     demotion: str = "by_age"

@@ -157,7 +157,7 @@ EVERY_KNOB = {
     "staging_bytes": 2**16,
     "cpu_share": 0.5,
     "extra_tiers": {"host": 2**20},
-    "packing": "none",
+    "packing": "bf16_12bit",
     "demotion": f"{__name__}:NewestFirst",
     "attend": "resident_only",
 }

@@ -222,6 +222,16 @@ ATTENTION = {
     "block_tokens": dict.fromkeys(("7", "2", "-4", "many"), "block"),
 }
 DISK_IO = {"disk_io": {"fast": "disk_io='fast': expected one of"}}
+BUDGETS = {
+    name: dict.fromkeys(("many", "-1"), name)
+    for name in ("device_bytes", "host_bytes", "disk_bytes")
+}
+CONFIG_ALONE = {
+    **{name: SHARED[name] for name in ("dtype", "device", "disk_dir", "threads", "chunk")},
+    "model": {"./nowhere": "no such folder", "LATIN": "config.json"},
+}
+COUNTS = ("max_num_seqs", "max_num_queued_tokens")
+COUNTS_OR_NONE = ("max_num_parked", "max_num_queued_reqs")
 WRONG = {
     "env": {},
     "verify": SHARED
@@ -229,6 +239,34 @@ WRONG = {
     | {
         "documents": dict.fromkeys(NUMBERS, "--documents"),
         "decode_tokens": dict.fromkeys((*NUMBERS, "2048"), "--decode-tokens"),
+        "packing": {"zip": "unknown codec 'zip'"},
+    },
+    "plan": CONFIG_ALONE
+    | DISK_IO
+    | BUDGETS
+    | {
+        "context": dict.fromkeys(NUMBERS, "--context"),
+        "batch": dict.fromkeys(NUMBERS, "--batch"),
+        "staging_bytes": dict.fromkeys(("many", "-1"), "staging_bytes"),
+        "block_tokens": ATTENTION["block_tokens"],
+        "device_profile": {"abacus": "expected h200, h100, 4090, 3060"},
+    },
+    "serve": CONFIG_ALONE
+    | ATTENTION
+    | BUDGETS
+    | {name: dict.fromkeys(NUMBERS, f"--{name.replace('_', '-')}") for name in COUNTS}
+    | {name: dict.fromkeys(NUMBERS[1:], f"--{name.replace('_', '-')}") for name in COUNTS_OR_NONE}
+    | {
+        "port": dict.fromkeys((*NUMBERS, "70000"), "--port"),
+        "store": {"FILE": "the store's folder"},
+        "store_bytes": {"many": "store_bytes", "-1": "store_bytes"},
+        "queue_timeout": dict.fromkeys((*NUMBERS, "nan"), "--queue-timeout"),
+        "request_timeout": dict.fromkeys((*NUMBERS, "nan"), "--request-timeout"),
+        "max_body_bytes": dict.fromkeys(("many", "-1", "auto"), "max"),
+        "api_key_file": {
+            "/nowhere/keys": "--api-key-file /nowhere/keys",
+            "LATIN": "--api-key-file",
+        },
     },
     "bench": SHARED
     | DISK_IO
@@ -248,7 +286,8 @@ WITHOUT_WRONG_VALUES = {
     *("env.disk_dir",),  # what is wrong with it is what `env` is asked to tell
     *("env.measure", "env.as_json", "verify.as_json", "bench.as_json", "bench.reload"),  # flags
     *("verify.join", "bench.join", "trace.join"),
-    *("verify.quick", "bench.quick", "trace.quick"),
+    *("verify.quick", "bench.quick", "trace.quick", "plan.as_json"),
+    *("serve.host",),  # the system says what is wrong with it when the server begins to listen
 }
 
 

@@ -112,7 +112,7 @@ def keys_and_values(num_tokens, seed=0, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_auto_packs_bfloat16_and_stats_say_what_it_saves(make_cache, dtype):
-    cache = make_cache(None, None, device_bytes="1MiB", block_tokens=128)
+    cache = make_cache(None, None, device_bytes="1MiB", block_tokens=128, packing="auto")
     keys, values = keys_and_values(4096, dtype=dtype)
     cache.update(keys, values, 0)
     assert torch.equal(cache.layers[0].keys.clone(), keys)
@@ -199,5 +199,5 @@ def test_tokens_are_those_of_a_dynamic_cache(make_cache, model):
 
 
 def test_the_knob_is_a_field_of_the_config(tmp_path):
-    with TieredCache(packing="none", disk_dir=tmp_path) as cache:
+    with TieredCache(packing="auto", disk_dir=tmp_path) as cache:
         assert cache._owned.pool.config.asked() == ["disk_dir", "packing"]

@@ -97,10 +97,23 @@ def serve(
         f"serve needs {', '.join(missing)}: pip install 'hf_tiered_cache[serve]'",
     )
     load_libraries(threads)
-    from hf_tiered_cache.evaluation.models import NOT_LOADED, not_loaded
+    from hf_tiered_cache.evaluation.models import (
+        NOT_LOADED,
+        check_attention,
+        choose_device,
+        load_outline,
+        not_loaded,
+    )
     from hf_tiered_cache.serving.admission import Limits
     from hf_tiered_cache.serving.server import Server, Settings, run
+    from hf_tiered_cache.store.block_store import BlockStore
 
+    choose_device(device)
+    outline = load_outline(model, dtype)
+    if attention is not None:
+        check_attention(outline, attention)
+    if store is not None:
+        BlockStore(store, capacity_bytes=store_bytes).close()  # what is wrong with it is said now
     settings = Settings(
         model=model,
         device=device,

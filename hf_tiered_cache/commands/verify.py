@@ -13,6 +13,7 @@ from hf_tiered_cache.commands.manners import (
     print_json,
     tell,
 )
+from hf_tiered_cache.config import NO_PACKING
 from hf_tiered_cache.evaluation.documents import STDLIB
 from hf_tiered_cache.evaluation.names import AUTO, model_name
 
@@ -34,7 +35,7 @@ def verify(
     device: options.Device = AUTO,
     attention: options.Attention = None,
     block_tokens: options.BlockTokens = None,
-    packing: options.Packing = AUTO,
+    packing: options.Packing = NO_PACKING,
     disk_dir: options.DiskDir = None,
     threads: options.Threads = None,
     quick: options.Quick = False,
@@ -73,10 +74,12 @@ def verify(
     from hf_tiered_cache.evaluation.pace import format_seconds, measure_pace, quick_context
     from hf_tiered_cache.evaluation.passes import num_passes
     from hf_tiered_cache.evaluation.scoring import Plan, make_windows
+    from hf_tiered_cache.integration.cache import TieredCache
 
     where = choose_device(device)
     outline = load_outline(model, dtype)
     check_fits(outline, context, new_tokens, attention)
+    TieredCache(outline.config, packing=packing).close()  # an unknown codec is said before loading
     tokenizer = load_tokenizer(model)
     found = options.find_documents(tokenizer, data, split, column, join, context, documents)
     dtype, why = choose_dtype(outline, dtype, where)

@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 
 from hf_tiered_cache.blocks.assembly import BlockMemory
 from hf_tiered_cache.blocks.selection import RESIDENT_ONLY, SelectionPolicy
-from hf_tiered_cache.config import TieredCacheConfig
+from hf_tiered_cache.config import NO_PACKING, TieredCacheConfig
 from hf_tiered_cache.errors import (
     ClosedCacheError,
     ConfigError,
@@ -77,7 +77,8 @@ class TieredCache(DynamicCache):
         extra_tiers: tiers of your own between host memory and disk, from the top down, by name or
             "module:Class", with their bytes (docs/extending.md).
         packing: what blocks are encoded with on disk, losslessly: "none", a codec by name or of
-            your own as "module:Class" (docs/extending.md), "auto": "bf16_12bit" for bfloat16.
+            your own as "module:Class" (docs/extending.md), "auto": "bf16_12bit" for bfloat16 where
+            compiled kernels run.
         demotion: which blocks leave a rung first: "by_age", "sinks_and_recent" (for `speculate`),
             or a policy of your own as "module:Class" (docs/extending.md).
         attend: what attention reads: "all", or approximately "resident_only" (what is on the
@@ -112,7 +113,7 @@ class TieredCache(DynamicCache):
         staging_bytes: int | str = AUTO,
         cpu_share: float | str = AUTO,
         extra_tiers: Mapping[str, int | str] | None = None,
-        packing: str = AUTO,
+        packing: str = NO_PACKING,
         demotion: str = "by_age",
         attend: str = "all",
         store: BlockStore | None = None,

@@ -16,6 +16,7 @@ from hf_tiered_cache import (
     UnsupportedInputError,
 )
 from hf_tiered_cache.integration.token_record import not_plain
+from hf_tiered_cache.integration.weights import checksum
 
 VOCAB = 100
 
@@ -182,6 +183,14 @@ def test_another_process_would_find_it(model, store):
         assert new_cache(model, other).restore(prompt(64), model) == 48
 
 
+def with_other_code(model):
+    class LlamaForCausalLM(type(model)):
+        """One that shifts its ids."""
+
+    LlamaForCausalLM.__module__, LlamaForCausalLM.__qualname__ = __name__, "LlamaForCausalLM"
+    model.__class__ = LlamaForCausalLM
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -189,8 +198,10 @@ def test_another_process_would_find_it(model, store):
         lambda m: setattr(m.config, "rope_parameters", {"rope_type": "default", "rope_theta": 5e4}),
         lambda m: m.to(torch.bfloat16),
         lambda m: m.model.norm.weight.data.mul_(1.1),
+        lambda m: m.model.embed_tokens.weight.data[77].add_(1e-3),
+        with_other_code,
     ],
-    ids=["weights", "rope", "dtype", "norm"],
+    ids=["weights", "rope", "dtype", "norm", "row", "code"],
 )
 def test_another_model_finds_nothing(change, store):
     model = make_model()
@@ -198,6 +209,17 @@ def test_another_model_finds_nothing(change, store):
     assert new_cache(model, store).restore(prompt(64), model) == 48  # the pair of the test below
     change(model)
     assert new_cache(model, store).restore(prompt(64), model) == 0
+
+
+def test_every_byte_of_a_weight_counts():
+    weights = torch.randn(700, 90)
+    for tensor in (weights, weights.t(), weights.to(torch.bfloat16), weights[:, ::2]):
+        known = checksum(tensor.clone(memory_format=torch.preserve_format))
+        for place in [(0, 0), (-1, -1), (31, 37)]:
+            other = tensor.clone(memory_format=torch.preserve_format)
+            assert checksum(other) == known
+            other[place] += 1
+            assert checksum(other) != known
 
 
 def test_another_salt_finds_nothing(model, tmp_path):
@@ -356,7 +378,14 @@ def lose_a_weight(model):
     layer.register_buffer("lost", torch.empty(3, device="meta"))
 
 
+def replace_forward(model):
+    norm = model.model.norm
+    forward = norm.forward
+    norm.forward = lambda states: forward(states) * 2
+
+
 NAMELESS = {
+    "forward": replace_forward,
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
     "longrope": LONGROPE,
     "hook": add_hook,

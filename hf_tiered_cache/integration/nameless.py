@@ -73,6 +73,8 @@ def _why_of(model: torch.nn.Module, name: str, module: torch.nn.Module) -> str:
     ]
     if hooks:
         return f"{name or 'the model'} has a hook that may change what it computes"
+    if "forward" in own and not accelerate_hooks(module) and not _is_known(own["forward"]):
+        return f"forward of {name or 'the model'} was replaced"
     if "rope_deltas" in own:
         return "positions depend on an earlier image (rope_deltas)"
     if module.training and _is_random(module):
@@ -90,6 +92,11 @@ _NOTHING_BUT_LOOK = ("transformers.utils.output_capturing", "hf_tiered_cache.")
 
 def _module_of(one: Any) -> str:
     return getattr(one, "__module__", None) or ""
+
+
+def _is_known(one: Any) -> bool:
+    """Whether a library that has a name of its own has written it."""
+    return _module_of(one).split(".")[0] in _KNOWN_CODE
 
 
 def _is_random(module: torch.nn.Module) -> bool:
@@ -170,7 +177,7 @@ def code_of(cls: type) -> str | None:
 
 
 def _code_of(cls: type) -> str | None:
-    own = [one for one in cls.__mro__ if one.__module__.split(".")[0] not in _KNOWN_CODE]
+    own = [one for one in cls.__mro__ if not _is_known(one)]
     try:
         return "\n".join(map(inspect.getsource, own))
     except (OSError, TypeError):

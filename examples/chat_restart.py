@@ -10,6 +10,7 @@ new: the message, and at most one block that was not full.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,10 +37,10 @@ def main(command: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     read: list[int] = []
 
-    def note(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         read.append(kwargs["input_ids"].shape[1])
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.register_forward_hook(note, with_kwargs=True)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     with (
         BlockStore(arguments.folder / "kv") as store,

@@ -11,6 +11,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,10 +35,10 @@ def main(command: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     read: list[int] = []
 
-    def note(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         read.append(kwargs["input_ids"].shape[1])
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.register_forward_hook(note, with_kwargs=True)
 
     def encode(text: str) -> dict[str, list[int]]:
         return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}

@@ -15,6 +15,8 @@ from hf_tiered_cache import (
     TierIOError,
     UnsupportedInputError,
 )
+from hf_tiered_cache.integration.token_record import not_plain
+from hf_tiered_cache.integration.weights import checksum
 
 VOCAB = 100
 
@@ -155,10 +157,10 @@ def test_generate_computes_only_what_was_not_found(model, store):
     store.flush(10)
     fed = []
 
-    def note(module, args, kwargs):
+    def note(module, args, kwargs, output):
         fed.append(kwargs["input_ids"].shape[1])
 
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = model.register_forward_hook(note, with_kwargs=True)
     for chunk in (None, 24):
         cache = new_cache(model, store)
         assert cache.restore(ids, model) == 144
@@ -181,6 +183,14 @@ def test_another_process_would_find_it(model, store):
         assert new_cache(model, other).restore(prompt(64), model) == 48
 
 
+def with_other_code(model):
+    class LlamaForCausalLM(type(model)):
+        """One that shifts its ids."""
+
+    LlamaForCausalLM.__module__, LlamaForCausalLM.__qualname__ = __name__, "LlamaForCausalLM"
+    model.__class__ = LlamaForCausalLM
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -188,8 +198,10 @@ def test_another_process_would_find_it(model, store):
         lambda m: setattr(m.config, "rope_parameters", {"rope_type": "default", "rope_theta": 5e4}),
         lambda m: m.to(torch.bfloat16),
         lambda m: m.model.norm.weight.data.mul_(1.1),
+        lambda m: m.model.embed_tokens.weight.data[77].add_(1e-3),
+        with_other_code,
     ],
-    ids=["weights", "rope", "dtype", "norm"],
+    ids=["weights", "rope", "dtype", "norm", "row", "code"],
 )
 def test_another_model_finds_nothing(change, store):
     model = make_model()
@@ -197,6 +209,17 @@ def test_another_model_finds_nothing(change, store):
     assert new_cache(model, store).restore(prompt(64), model) == 48  # the pair of the test below
     change(model)
     assert new_cache(model, store).restore(prompt(64), model) == 0
+
+
+def test_every_byte_of_a_weight_counts():
+    weights = torch.randn(700, 90)
+    for tensor in (weights, weights.t(), weights.to(torch.bfloat16), weights[:, ::2]):
+        known = checksum(tensor.clone(memory_format=torch.preserve_format))
+        for place in [(0, 0), (-1, -1), (31, 37)]:
+            other = tensor.clone(memory_format=torch.preserve_format)
+            assert checksum(other) == known
+            other[place] += 1
+            assert checksum(other) != known
 
 
 def test_another_salt_finds_nothing(model, tmp_path):
@@ -318,3 +341,204 @@ def test_wrong_use_is_said(model, store):
         cache.restore(prompt(20), model)
     with pytest.raises(UnsupportedInputError, match="are not the tokens"):
         cache.publish(prompt(20, seed=12))
+
+
+def perturbed(model, seed=5):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64},
+    **{"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0},
+}
+
+
+def add_hook(model):
+    model.model.layers[0].register_forward_hook(lambda *given: given[-1] + 1.0)
+
+
+def add_dropout(model):
+    """In training mode, as an adapter that comes after `eval()`."""
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Dropout(0.5))
+
+
+def with_unreadable_code(model):
+    scope = {"Base": type(model), "__name__": "nowhere"}
+    exec("class Mine(Base): pass", scope)
+    model.__class__ = scope["Mine"]
+
+
+def lose_a_weight(model):
+    layer = model.model.layers[1].self_attn.k_proj
+    layer.register_buffer("lost", torch.empty(3, device="meta"))
+
+
+def replace_forward(model):
+    norm = model.model.norm
+    forward = norm.forward
+    norm.forward = lambda states: forward(states) * 2
+
+
+NAMELESS = {
+    "forward": replace_forward,
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "longrope": LONGROPE,
+    "hook": add_hook,
+    "pre-hook": lambda model: model.register_forward_pre_hook(lambda *_: None),
+    "dropout": add_dropout,
+    "code": with_unreadable_code,
+    "weight": lose_a_weight,
+    "rope_deltas": lambda model: setattr(model.model, "rope_deltas", None),
+}
+
+
+@pytest.mark.parametrize("why", NAMELESS)
+def test_a_model_whose_blocks_have_no_name_goes_past_the_store(why, store):
+    change = NAMELESS[why]
+    if callable(change):
+        model = make_model()
+        change(model)
+    else:
+        model = make_model(max_position_embeddings=64, rope_parameters=change)
+    cache = new_cache(model, store)
+    forward(model, cache, prompt(100))
+    assert cache.publish() == 0
+    assert new_cache(model, store).restore(prompt(100), model) == 0
+    assert store.counters["bypassed"] == 2
+
+
+def test_two_models_that_are_offloaded_are_two(store):
+    accelerate = pytest.importorskip("accelerate")
+    one, other = make_model(), perturbed(make_model())
+    expected = forward(other, TieredCache(other.config, block_tokens=16), prompt(100))
+    for model in (one, other):
+        accelerate.cpu_offload(model, execution_device="cpu")
+    published(one, store, prompt(100))
+    assert store.stats().blocks == 6
+    assert new_cache(other, store).restore(prompt(100), other) == 0
+    cache = new_cache(one, store)
+    assert cache.restore(prompt(100), one) == 96
+    forward(one, cache, prompt(100)[:, 96:])
+    published(other, store, prompt(100))
+    cache = new_cache(other, store)
+    assert cache.restore(prompt(100), other) == 96
+    rest = forward(other, cache, prompt(100)[:, 96:])
+    assert torch.allclose(rest, expected[:, 96:], atol=1e-4)
+
+
+def test_what_is_offloaded_to_disk_goes_past_the_store(store, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    places.update({f"model.layers.{number}": "disk" for number in range(3)})
+    folder = str(tmp_path / "weights")
+    accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
+    cache = new_cache(model, store)
+    forward(model, cache, prompt(40))
+    assert cache.publish() == 0
+    assert store.counters["bypassed"] == 1
+
+
+def scale(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+
+
+def scale_data(model):
+    model.model.layers[0].mlp.down_proj.weight.data *= 2
+
+
+@pytest.mark.parametrize("num_new", [64, 1])
+@pytest.mark.parametrize("change", [scale, scale_data, add_hook, perturbed])
+def test_a_model_that_changes_between_two_forwards_has_no_name(change, num_new, store):
+    if change is scale_data and num_new == 1:
+        pytest.skip("known by samples of the weights only, which are not taken for one token")
+    model = make_model()
+    cache = new_cache(model, store)
+    forward(model, cache, prompt(47))
+    change(model)
+    for first in range(47, 47 + 64, num_new):
+        forward(model, cache, prompt(111)[:, first : first + num_new])
+    assert cache.publish() == 0
+    assert store.counters["bypassed"] == 1
+
+
+def test_without_the_autocast_of_what_is_held_it_has_no_name(model, store):
+    cache = new_cache(model, store)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        forward(model, cache, prompt(47))
+    forward(model, cache, prompt(48)[:, 47:])
+    assert cache.publish() == 0
+
+
+def test_a_model_that_moved_and_is_the_same_goes_on(store):
+    model = make_model()
+    cache = new_cache(model, store)
+    forward(model, cache, prompt(47))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    forward(model, cache, prompt(48)[:, 47:])
+    assert cache.publish() == 3
+
+
+LAYER_CHANGES = {
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+    "select": lambda layer: layer.batch_select_indices(torch.tensor([1, 0])),
+    "repeat": lambda layer: layer.batch_repeat_interleave(1),
+    "crop": lambda layer: layer.crop(-1),
+}
+
+
+@pytest.mark.parametrize("how", LAYER_CHANGES)
+def test_layers_that_are_changed_one_by_one_have_no_name(how, model, store):
+    cache = new_cache(model, store)
+    forward(model, cache, torch.cat([prompt(64), prompt(64, seed=1)]))
+    for layer in cache.layers:
+        LAYER_CHANGES[how](layer)
+    if how == "crop":
+        for number in range(3):
+            cache.layers[number].update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16))
+    assert cache.publish() == 0
+    assert store.counters["bypassed"] == 1
+    cache.reset()
+    forward(model, cache, prompt(64))
+    assert cache.publish() == 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pixel_values": [torch.rand(3, 4, 4)]},
+        {"images": ("a.png",)},
+        {"style": "loud"},
+        {"extra": {"scale": 2.0}},
+        {"cache_position": torch.arange(1, 65)},
+        {"cache_position": 3},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_arguments_that_nobody_knows_have_no_name(given, model, store):
+    ids = prompt(64)
+    assert not_plain({"input_ids": ids, "cache_position": torch.arange(64), "top": 3}, 0) == ""
+    assert not_plain({"input_ids": ids, **given}, 0)
+
+
+def test_a_sharded_model_goes_past_the_store(store, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    forward(model, cache := new_cache(model, store), prompt(32))
+    assert cache.publish() == 2  # every process has the whole
+    store.flush(10)
+    model._device_mesh = object()
+    assert new_cache(model, store).restore(prompt(33), model) == 0
+    assert store.counters["bypassed"] == 1

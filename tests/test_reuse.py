@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from test_restore import VOCAB, make_model, new_cache, prompt, published
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from hf_tiered_cache import BlockStore, ConfigError, TieredCache, TierIOError, reuse
@@ -29,10 +29,10 @@ def fed(model):
     """How many tokens each forward was given."""
     lengths = []
 
-    def note(module, args, kwargs):
+    def note(module, args, kwargs, output):
         lengths.append(kwargs["input_ids"].shape[1])
 
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = model.register_forward_hook(note, with_kwargs=True)
     try:
         yield lengths
     finally:
@@ -234,3 +234,43 @@ def test_reuse_is_attached_to_one_model_once(model, store):
         reuse(model, "~/kv")
     with pytest.raises(ConfigError, match="block_tokens"):
         reuse(model, store, block_tokens=3)
+
+
+def test_a_stale_detach_leaves_the_next_reuse_alone(model, store):
+    first = reuse(model, store)
+    first.detach()
+    second = reuse(model, store)
+    first.detach()
+    assert "generate" in vars(model)
+    second.detach()
+    assert "generate" not in vars(model)
+
+
+def test_arguments_of_the_model_that_nobody_knows_go_past_it(model, store):
+    class Given(LlamaForCausalLM):
+        def forward(self, input_ids=None, style=None, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    other = make_model()
+    other.__class__ = Given
+    ids = prompt(80)
+    with reuse(other, store, block_tokens=16):
+        for _ in range(2):
+            other.generate(ids, style=["loud"], **GREEDY)
+            store.flush(10)
+        assert store.counters["bypassed"] >= 2
+        assert store.stats().blocks == 0
+        bypassed = store.counters["bypassed"]
+        other.generate(ids, eos_token_id=[5000], stop_strings=None, **GREEDY)
+        assert store.counters["bypassed"] == bypassed
+
+
+def test_the_first_forward_of_generate_looks_at_the_weights_anew(store):
+    model = make_model()
+    cache = new_cache(model, store)
+    with reuse(model, store, block_tokens=16):
+        said = model.generate(prompt(60), past_key_values=cache, **GREEDY)
+        model.model.layers[0].mlp.down_proj.weight.data *= 2
+        more = torch.cat([said, prompt(3, seed=1)], 1)
+        model.generate(more, past_key_values=cache, **GREEDY)
+    assert store.counters["bypassed"] > 0

@@ -296,7 +296,7 @@ class TieredCache(DynamicCache):
         """While the `with` block runs, full blocks are published when the next forward begins, and
         the last ones behind it, unless it raises."""
         stored = self._stored_prefix()
-        stored.is_publishing = True
+        stored.begin_publishing()
         try:
             yield
             self.publish()
@@ -475,9 +475,11 @@ class TieredCache(DynamicCache):
             )
         with self._alone("crop"):
             self._check_whole()
+            was_assigned = self._owned.was_assigned
             # Those that may refuse come first.
             for layer in sorted(self.layers, key=lambda layer: type(layer) is TieredLayer):
                 layer.crop(tokens_to_remove)
+            self._owned.was_assigned = was_assigned  # all layers were cropped alike
             if self._stored is not None:
                 self._stored.crop(super().get_seq_length())
 

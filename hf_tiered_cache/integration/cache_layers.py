@@ -45,7 +45,8 @@ class OwnedTables:
         self.model = ModelIdentity()
         self.selection = pool.selection
         self.was_assigned = False
-        """Whether keys or values came otherwise than from a model."""
+        """Whether keys or values came otherwise than from a model, or layers were changed one by
+        one, so that they need not hold the same tokens."""
         self._tables: dict[int, tuple[OffloadManager, BlockTable]] = {}
         # What follows from the tables; forgotten before they change, lest an interrupt keeps it.
         self._scans: dict[OffloadManager, list[BlockTable]] = {}
@@ -417,6 +418,7 @@ class TieredLayer(CacheLayerMixin):
         if tokens_to_remove == 0:
             return
         self.check_whole()
+        self._owned.was_assigned = True
         self._keep(max(0, self.get_seq_length() + tokens_to_remove))
 
     def select_rows(self, rows: list[int]) -> None:
@@ -437,15 +439,18 @@ class TieredLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search; blocks are shared, not copied."""
+        self._owned.was_assigned = True
         self.select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times; blocks are shared, not copied."""
+        self._owned.was_assigned = True
         self.select_rows([row for row in range(self._num_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices` (anything that indexes a dimension), in that order."""
         if self._num_rows:
+            self._owned.was_assigned = True
             self.select_rows(rows_of(indices, self._num_rows))
 
     @property

@@ -1,9 +1,7 @@
 """Which model blocks are of: everything that keys and values depend on besides the tokens.
 
-Names and revisions prove nothing (a merge changes weights in place), so weights are sampled: of
-every parameter and buffer 8 KiB at three places. What lies between the samples is a blind spot, a
-change of single numbers there is not seen; every way of training, merging or quantising that is
-known changes far more.
+Names and revisions prove nothing (a merge changes weights in place), so every byte of every weight
+counts, and the source of classes that no known library has written.
 """
 
 import hashlib
@@ -12,9 +10,15 @@ from typing import Any
 
 import torch
 
+from hf_tiered_cache.integration.nameless import adapters_of, code_of
+from hf_tiered_cache.integration.weights import (
+    accelerate_hooks,
+    checksum,
+    modules_of,
+    weights_of,
+)
 from hf_tiered_cache.store import keys
 
-SAMPLE_BYTES = 8192
 LAYOUT = "kv-head-major-1"  # `BlockLayout`
 # Of a config, what is not about keys and values, or differs between two loads of one checkpoint.
 _IGNORED = frozenset(
@@ -35,12 +39,13 @@ def model_space(model: torch.nn.Module, salt: bytes = b"") -> bytes:
 
 
 def model_identity(model: torch.nn.Module) -> dict[str, Any]:
-    """What `model_space` is made of, by name."""
-    device = next((it.device.type for it in model.parameters()), "cpu")
+    """What `model_space` is made of, by name. It is whole where `look_at` finds no fault."""
+    device = compute_device(model).type
     autocast = torch.is_autocast_enabled(device)
     config: Any = getattr(model, "config", None)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "code": _code(model),
         "config": _plain(config.to_dict()) if hasattr(config, "to_dict") else None,
         "weights": _weights(model),
         "adapters": list(_adapters(model)),
@@ -50,45 +55,36 @@ def model_identity(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+def compute_device(model: torch.nn.Module) -> torch.device:
+    """Where it computes: its first layer, else its first weight that is anywhere."""
+    for device in layer_devices(model).values():
+        return device
+    found = (one.device for one in model.parameters() if one.device.type != "meta")
+    return next(found, torch.device("cpu"))
+
+
+def _code(model: torch.nn.Module) -> str:
+    """SHA-256 of the source of its classes."""
+    codes = {code_of(type(module)) or "" for module in model.modules()}
+    return hashlib.sha256(keys.canonical(sorted(codes))).hexdigest()
+
+
 def _weights(model: torch.nn.Module) -> bytes:
     digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        described = [name, str(tensor.dtype), list(tensor.shape)]
-        digest.update(keys.canonical(described))
-        digest.update(_sample(tensor))
+    for name, module, places in modules_of(model):
+        for weight in weights_of(name, module, places):
+            tensor = weight.declared if weight.tensor is None else weight.tensor
+            described = [weight.name, str(tensor.dtype), list(tensor.shape)]
+            digest.update(keys.canonical(described))
+            digest.update(b"" if weight.tensor is None else checksum(tensor))
     return digest.digest()
 
 
-def _sample(tensor: torch.Tensor) -> bytes | memoryview:
-    """Bytes from the beginning, the middle and the end."""
-    if hasattr(tensor, "to_local"):  # a rank's part of a distributed tensor
-        tensor = tensor.to_local()
-    if tensor.device.type == "meta" or not tensor.numel():
-        return b""
-    tensor = tensor.detach()
-    count = SAMPLE_BYTES // tensor.itemsize
-    if not tensor.is_contiguous() or tensor.numel() <= 3 * count:
-        part = tensor.reshape(-1)[: 3 * count] if tensor.is_contiguous() else tensor[:1].reshape(-1)
-    else:
-        flat = tensor.view(-1)
-        middle = (flat.numel() - count) // 2
-        part = torch.cat([flat[:count], flat[middle : middle + count], flat[-count:]])
-    return part.contiguous().cpu().view(torch.uint8).numpy().data
-
-
 def _adapters(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """What of LoRA and its like is active and how much it counts; weights are sampled already."""
+    """What of LoRA and its like is active and how much it counts; weights are summed already."""
     for name, module in model.named_modules():
-        active = getattr(module, "active_adapters", None)
-        if hasattr(module, "base_layer") and isinstance(active, list):
-            scaling = getattr(module, "scaling", {})
-            yield [
-                name,
-                sorted(map(str, active)),
-                sorted((str(one), float(value)) for one, value in dict(scaling).items()),
-                sorted(map(str, getattr(module, "merged_adapters", []))),
-                bool(getattr(module, "disable_adapters", False)),
-            ]
+        if adapters := adapters_of(module):
+            yield [name, *adapters]
 
 
 def _parallel(model: torch.nn.Module) -> list[int]:
@@ -114,16 +110,16 @@ def _plain(value: Any) -> Any:
 
 
 def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
-    """Where each layer attends, by its number: on the device of its attention's parameters."""
+    """Where each layer attends, by its number: where accelerate brings its attention's parameters
+    to, or where they lie."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int) and number not in devices:
-            hook = getattr(module, "_hf_hook", None)
-            device = getattr(hook, "execution_device", None)
-            parameter = next(module.parameters(), None)
-            if device is None and parameter is not None:
-                device = parameter.device
+            hooks = (hook for part in module.modules() for hook in accelerate_hooks(part))
+            given = (getattr(hook, "execution_device", None) for hook in hooks)
+            lying = (one.device for one in module.parameters() if one.device.type != "meta")
+            device = next((one for one in given if one is not None), next(lying, None))
             if device is not None:
                 devices[number] = torch.device(device)
     return devices

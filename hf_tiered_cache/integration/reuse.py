@@ -13,11 +13,12 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from hf_tiered_cache.errors import ConfigError, TierIOError, UnsupportedInputError
 from hf_tiered_cache.integration.cache import TieredCache
 from hf_tiered_cache.integration.stored_prefix import why_not_stored
+from hf_tiered_cache.integration.token_record import named_arguments
 from hf_tiered_cache.store.block_store import BlockStore
 
 # A prompt whose restored blocks cannot be read is begun anew: once with what is left of them, then
@@ -56,7 +57,8 @@ class Reuse:
 
     def detach(self) -> None:
         """Let the model generate as before. Idempotent."""
-        if isinstance(vars(self.model).get("generate"), _Reusing):
+        attached = vars(self.model).get("generate")
+        if isinstance(attached, _Reusing) and attached.reuse is self:
             if self._had is None:
                 del self.model.generate
             else:
@@ -131,11 +133,24 @@ class _Reusing:
     """Stands for `generate` of one model."""
 
     def __init__(self, reuse: Reuse) -> None:
-        self._reuse = reuse
+        self.reuse = reuse
         functools.update_wrapper(self, reuse._generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._reuse.generate(*args, **kwargs)
+        return self.reuse.generate(*args, **kwargs)
+
+
+# Arguments of `generate` itself that change what is chosen, not what is cached of the prompt; what
+# has another name is the model's.
+_PLAIN = (
+    inspect.signature(GenerationMixin.generate).parameters.keys()
+    | vars(GenerationConfig()).keys()
+    | {"input_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
+) - {"kwargs", "negative_prompt_ids", "negative_prompt_attention_mask"}
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    return name in _PLAIN or value is None or isinstance(value, bool | int | float)
 
 
 class _Call:
@@ -146,8 +161,7 @@ class _Call:
     ) -> None:
         self._model = model
         self._generate = generate
-        bound = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
-        self.kwargs: dict[str, Any] = {**bound, **bound.pop("kwargs", {})}
+        self.kwargs = named_arguments(generate, args, kwargs)
         self._told: _Told | None = None
         if self.kwargs.get("streamer") is not None:
             self._told = self.kwargs["streamer"] = _Told(self.kwargs["streamer"])
@@ -194,12 +208,7 @@ class _Call:
                 return None, "the prompt has pad tokens and no mask"  # generate makes one
         elif mask.dim() != 2 or not bool(mask.all()):
             return None, "the batch is padded"
-        plain = ("inputs", "input_ids", "attention_mask")
-        others = [
-            name
-            for name, value in self.kwargs.items()
-            if isinstance(value, torch.Tensor) and name not in plain
-        ]
+        others = [name for name, value in self.kwargs.items() if not _is_harmless(name, value)]
         if others:
             return None, f"{', '.join(sorted(others))} came with the ids"
         if (self._option("guidance_scale") or 1) != 1:

@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.integration.cache_layers import OwnedTables, TieredLayer
-from hf_tiered_cache.integration.model_key import layer_devices, model_space
+from hf_tiered_cache.integration.model_key import compute_device, layer_devices, model_space
+from hf_tiered_cache.integration.nameless import look_at
 from hf_tiered_cache.integration.token_record import TokenRecord, Told
 from hf_tiered_cache.layout import BlockLayout, default_block_tokens
 from hf_tiered_cache.store import keys
@@ -23,6 +24,7 @@ from hf_tiered_cache.store.files import DTYPES, OpenBlock
 
 logger = logging.get_logger(__name__)
 
+MANY_TOKENS = 32  # of a forward that takes much longer than a look at the weights
 _DTYPES = {number: getattr(torch, name) for name, number in DTYPES.items()}
 
 
@@ -39,6 +41,7 @@ class StoredPrefix:
         self.is_publishing = False  # as forwards go on
         self._published_tokens = 0  # whose full blocks need not be looked at again
         self._asked: set[bytes] = set()  # of the sequence held: asking twice would make them "hot"
+        self._stamp: tuple[Any, ...] | None = None  # of the model when `space` was known last
 
     def copy(self) -> "StoredPrefix":
         """The same, for a fork of the cache."""
@@ -47,6 +50,7 @@ class StoredPrefix:
         other.record = self.record.copy()
         other.space, other.restored_tokens = self.space, self.restored_tokens
         other._published_tokens, other._asked = self._published_tokens, set(self._asked)
+        other._stamp = self._stamp
         return other
 
     def reset(self) -> None:
@@ -54,6 +58,7 @@ class StoredPrefix:
         self.record.forget()
         self.space, self.restored_tokens, self._published_tokens = None, 0, 0
         self._asked.clear()
+        self._stamp = None
 
     def crop(self, num_tokens: int) -> None:
         """The cache holds the first tokens only; what comes next may be others."""
@@ -91,11 +96,27 @@ class StoredPrefix:
         if held == 0:
             self.reset()
         told = self.record.told(model, args, kwargs, held)
-        if model.training:
-            told.ids, told.reason = None, "the model was in training mode"
-        elif self.space is None and not told.reason:
-            self.space = model_space(model, self.salt)
+        if told.ids is not None and (why := self._why_other(model, told.ids.shape[1] - held)):
+            told.ids, told.reason = None, why
         return told
+
+    def _why_other(self, model: torch.nn.Module, num_new: int) -> str:
+        """Why what `model` adds does not belong behind what is held; empty where it does. A change
+        through `weight.data` is only found by samples of all weights, which are taken where there
+        is much to compute besides, or where `generate` begins."""
+        why, stamp = look_at(model)
+        if why:
+            return why
+        if self._stamp != stamp or num_new >= MANY_TOKENS:
+            space = model_space(model, self.salt)
+            if self.space not in (None, space):
+                return "the model changed while the cache was in use"
+            self.space, self._stamp = space, stamp
+        return ""
+
+    def begin_publishing(self) -> None:
+        """Full blocks are published as forwards go on; the first looks at the model anew."""
+        self.is_publishing, self._stamp = True, None
 
     def begins_with(self, ids: torch.Tensor) -> None:
         """The cache holds these tokens, from the store."""
@@ -123,10 +144,10 @@ class StoredPrefix:
         """The blocks of the longest prefix of `ids` (one row) that are there and fit `layers`; at
         least one token is left to be computed. asked: tokens in a block, where the cache's config
         told."""
-        self.space = space = model_space(model, self.salt)
-        if why := why_not_stored(layers):
+        if why := why_not_stored(layers) or look_at(model).why:
             self.store.bypass(why)
             return []
+        self.space = space = model_space(model, self.salt)
         block_tokens = asked or _default_block_tokens(model)
         given = ids[: max(0, len(ids) - 1)].tolist()
         found = self.store.find(space, keys.block_keys(space, given, block_tokens))
@@ -146,7 +167,7 @@ class StoredPrefix:
         if reason := self.record.reason or why_not_stored(layers):
             return reason
         if owned.was_assigned:
-            return "keys or values were assigned"
+            return "keys or values were assigned, or layers changed one by one"
         held = [owned.table(number) for number in range(len(layers))]
         lengths = {0 if one is None else one[1].num_tokens for one in held}
         if lengths != {self.record.num_tokens}:
@@ -174,7 +195,9 @@ class StoredPrefix:
         self._published_tokens = num_full * block_tokens
         if first == num_full:
             return None
-        if model is not None and model_space(model, self.salt) != self.space:
+        if model is not None and (
+            look_at(model).why or model_space(model, self.salt) != self.space
+        ):
             self.record.forget("the model changed while the cache was in use")
             return None
         names = [keys.block_keys(self.space, row.tolist(), block_tokens) for row in self.record.ids]
@@ -280,7 +303,7 @@ def restore_layers(
     devices = layer_devices(model)
     try:
         for number, layer in enumerate(layers):
-            device = devices.get(number, getattr(model, "device", torch.device("cpu")))
+            device = devices.get(number, compute_device(model))
             layer.begin_with(_layout(found[0], number), device, found, number, num_rows)
     except BaseException:
         for layer in layers:
@@ -320,7 +343,7 @@ def _default_block_tokens(model: torch.nn.Module) -> int:
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dtype = next((it.dtype for it in model.parameters()), torch.float32)
-    device = next((it.device.type for it in model.parameters()), "cpu")
+    device = compute_device(model).type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return default_block_tokens(dim, dtype)

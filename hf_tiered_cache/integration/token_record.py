@@ -6,6 +6,7 @@ name.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,10 +67,7 @@ class TokenRecord:
         if not reason and held != self.num_tokens:
             reason = "tokens came otherwise than by a forward of a model"
         if not reason:
-            given = kwargs
-            if args:
-                named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-                given = {**named, **named.pop("kwargs", {})}
+            given = named_arguments(model.forward, args, kwargs) if args else kwargs
             ids = given.get("input_ids")
             reason = reason or not_plain(given, held)
         if reason or ids is None:
@@ -94,6 +92,18 @@ class Told:
         self._record.ids, self._record.reason = self.ids, self.reason
 
 
+def named_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What a call is given, by name; those for which there is no name of its own as well."""
+    signature = inspect.signature(function)
+    named = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    return named
+
+
 def not_plain(given: dict[str, Any], held: int) -> str:
     """Why tokens that come with these arguments, behind `held` ones, are not told by their ids
     alone; empty where they are."""
@@ -105,7 +115,7 @@ def not_plain(given: dict[str, Any], held: int) -> str:
     others = [
         name
         for name, value in given.items()
-        if name not in _HARMLESS and isinstance(value, torch.Tensor)
+        if name not in _HARMLESS and not (value is None or isinstance(value, bool | int | float))
     ]
     if others:
         return f"{', '.join(sorted(others))} came with the ids"
@@ -115,9 +125,17 @@ def not_plain(given: dict[str, Any], held: int) -> str:
             return "a mask of another kind than padding was given"
         if not bool(mask.all()):
             return "the batch is padded"
-    positions = given.get("position_ids")
-    if positions is not None:
-        plain = torch.arange(held, held + ids.shape[1], device=positions.device)
-        if positions.dim() != 2 or not bool((positions == plain).all()):
+    for name, num_dims in (("position_ids", 2), ("cache_position", 1)):
+        if not _are_plain(given.get(name), num_dims, held, ids.shape[1]):
             return "positions of its own were given"
     return ""
+
+
+def _are_plain(positions: Any, num_dims: int, held: int, num_new: int) -> bool:
+    """Whether these are None or count on behind what is held."""
+    if positions is None:
+        return True
+    if not isinstance(positions, torch.Tensor) or positions.dim() != num_dims:
+        return False
+    plain = torch.arange(held, held + num_new, device=positions.device)
+    return positions.shape[-1] == num_new and bool((positions == plain).all())

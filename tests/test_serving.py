@@ -19,9 +19,9 @@ import uvicorn
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_tiered_cache import trace
+from hf_tiered_cache import UnsupportedInputError, trace
 from hf_tiered_cache.serving.admission import Limits
-from hf_tiered_cache.serving.server import Server, Settings
+from hf_tiered_cache.serving.server import Server, Settings, _refuse_shared_positions
 
 from chat_model import FIRST_BYTE, NUM_IDS
 
@@ -555,3 +555,12 @@ def test_one_command_serves_and_ctrl_c_ends_it(folder, tmp_path):
     finally:
         running.kill()
     assert "Traceback" not in rest, rest
+
+
+def test_a_model_that_keeps_positions_between_requests_is_refused_by_name():
+    model = torch.nn.Module()
+    model.language_model = torch.nn.Linear(1, 1)
+    _refuse_shared_positions(model)
+    model.language_model.rope_deltas = None
+    with pytest.raises(UnsupportedInputError, match=r"language_model \(Linear\) keeps rope_deltas"):
+        _refuse_shared_positions(model)

@@ -13,6 +13,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
+from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.integration.cache import TieredCache
 from hf_tiered_cache.serving.admission import Admission, Limits
 from hf_tiered_cache.serving.conversations import Conversations
@@ -76,6 +77,7 @@ class Server:
         models = OneModel(device=settings.device, dtype=settings.dtype, force_model=settings.model)
         (loaded,) = models.loaded_models.values()
         self.model = loaded.model
+        _refuse_shared_positions(self.model)
         if settings.attention is not None:
             self.model.set_attn_implementation(settings.attention)
         self.instruments = Instruments()
@@ -123,6 +125,19 @@ class Server:
         """End what runs, and the cache. Idempotent."""
         self.thread.stop()
         self.conversations.close()
+
+
+def _refuse_shared_positions(model: Any) -> None:
+    """Qwen2-VL and its relatives keep an offset of positions in a module, from the last request with
+    a picture, and shift whatever request comes next by it."""
+    for name, module in model.named_modules():
+        if hasattr(module, "rope_deltas"):
+            raise UnsupportedInputError(
+                f"{type(model).__name__} cannot be served: {name or 'it'} ({type(module).__name__}) "
+                "keeps rope_deltas, the positions of one request, which would shift those of the "
+                "next and spoil the blocks they share; expected a model without it, such as the "
+                "text model of the same family"
+            )
 
 
 async def _as_openai(request: Any, error: Any) -> JSONResponse:

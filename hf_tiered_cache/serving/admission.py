@@ -35,6 +35,7 @@ BODY_SECONDS = (
 )
 CLOSE_SECONDS = 5.0  # for the last words to a client that may not be reading
 
+INTERNAL_ERROR = "internal error, see the server's log"
 GONE = Failure(499, "the client went away", "client_closed_request")
 
 
@@ -164,7 +165,7 @@ class Admission:
         error = None if work.cancelled() else work.exception()
         if error is not None and request.failure is None:
             logger.error("a request failed", exc_info=error)
-            request.fail(Failure(500, "internal error, see the server's log", "server_error"))
+            request.fail(Failure(500, INTERNAL_ERROR, "server_error"))
         if request.failure is not None and request.failure is not GONE:
             self._requests.leave(request)  # its place is not its client's to keep
             with contextlib.suppress(asyncio.TimeoutError):
@@ -190,7 +191,7 @@ class Admission:
     async def _work(self, request: Request, scope: Any, receive: Receive, gate: "Gate") -> None:
         try:
             body = await asyncio.wait_for(self._body(receive), BODY_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             request.end(LATE)
             return
         except NoBodyError as error:
@@ -201,7 +202,7 @@ class Admission:
             self._instruments.rejected.labels("queue").inc()
             request.end(full)
             return
-        listening = asyncio.create_task(_until_gone(request, receive))
+        listening = asyncio.create_task(_until_gone(request, receive, gate))
         given = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
@@ -249,7 +250,7 @@ class Gate:
     def __init__(self, request: Request, send: Send) -> None:
         self._request = request
         self._send = send
-        self._is_open = self._is_stream = self._is_done = False
+        self._is_open = self._is_stream = self.is_done = False
 
     async def send(self, message: Message) -> None:
         """For the app."""
@@ -263,14 +264,14 @@ class Gate:
                 raise asyncio.CancelledError  # `close` answers instead
             self._is_open = True
         elif not message.get("more_body"):
-            self._is_done = True
+            self.is_done = True
         await self._send(message)
 
     async def close(self, failure: Failure) -> None:
         """The app sends no more: answer with the failure, as far as that is still possible."""
         if not self._is_open:
             await _fail(self._send, failure)
-        elif not self._is_done:
+        elif not self.is_done:
             event = b""
             if self._is_stream:
                 event = b"data: " + json.dumps({"error": _as_json(failure)}).encode() + b"\n\n"
@@ -281,10 +282,11 @@ def _has_news(request: Request) -> bool:
     return request.first_token is not None or request.failure is not None or request.is_over
 
 
-async def _until_gone(request: Request, receive: Receive) -> None:
+async def _until_gone(request: Request, receive: Receive, gate: Gate) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    request.end(GONE)
+    if not gate.is_done:  # uvicorn says the same after a whole answer
+        request.end(GONE)
 
 
 def _header(scope: Any, name: bytes) -> str:

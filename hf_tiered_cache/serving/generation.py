@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_tiered_cache.errors import OutOfBlocksError, TierIOError
 from hf_tiered_cache.observe.metrics import span
-from hf_tiered_cache.serving import turns
+from hf_tiered_cache.serving import mistakes, turns
 from hf_tiered_cache.serving.conversations import Conversations
 from hf_tiered_cache.serving.instruments import Instruments
 from hf_tiered_cache.serving.requests import Failure, Request, current_request
@@ -89,11 +89,15 @@ class TieredGenerateManager(GenerateManager):
         self._thread.stop()
 
     def _begin(self, model: PreTrainedModel, inputs: Any, gen_config: Any) -> "Generation":
-        """A generation for the current request. Raises HTTPException for a prompt that the model
-        was not made for, or a way of decoding that cannot begin with a cache that holds the prompt;
-        what it may add is cut to the positions that are left."""
+        """A generation for the current request. Raises HTTPException for a prompt that is empty or
+        that the model was not made for, options that are none, or a way of decoding that cannot
+        begin with a cache that holds the prompt; what it may add is cut to the positions that are
+        left."""
         request = current_request.get(None) or Request()
         request.prompt_tokens = prompt = inputs["input_ids"].shape[-1]
+        if not prompt:
+            raise HTTPException(400, "the prompt is empty: expected one token at least")
+        mistakes.check_config(gen_config)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None:
             if prompt >= limit:

@@ -12,12 +12,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler
 
+from hf_tiered_cache.serving import mistakes
 from hf_tiered_cache.serving.requests import Request, current_request
 
 
@@ -28,6 +30,7 @@ class OffLoop(BaseHandler):
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """As transformers' own."""
         request = current_request.get(None) or Request()
+        mistakes.check_seed(body)
         request.seed = body.pop("seed", None)  # of this request, not of the whole process
         first_half = super().handle_request
         second_half = await asyncio.to_thread(_run_to_end, first_half, body, request_id)
@@ -38,6 +41,26 @@ class OffLoop(BaseHandler):
             return JSONResponse(answer)
         events = _events_with_cached(response.body_iterator, request)
         return StreamingResponse(events, media_type=response.media_type)
+
+    def _resolve_model(self, body: dict[str, Any]) -> Any:
+        resolved = super()._resolve_model(body)
+        mistakes.check_body(body, resolved[1].config.get_text_config().vocab_size)
+        return resolved
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._build_generation_config(body, *args, **kwargs)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise HTTPException(400, f"the options of sampling: {error}") from None
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: Any, modality: Any) -> Any:
+        """As transformers' own. Raises HTTPException for messages it cannot read."""
+        try:
+            return BaseHandler.get_processor_inputs_from_messages(messages, modality)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise HTTPException(400, f"messages cannot be read ({what})") from None
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Any:
         return functools.partial(super()._streaming, *args, **kwargs)

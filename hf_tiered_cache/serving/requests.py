@@ -120,20 +120,32 @@ class Requests:
 
     def admit(self, tenant: str, body_bytes: int) -> Request | Failure:
         """A new request, or why it cannot come in now."""
-        tokens = -(-body_bytes // BYTES_PER_TOKEN)
-        reason = None
         if len(self._all) >= self.max_running + self.max_queued_reqs:
-            reason = f"{self.max_queued_reqs} requests are waiting (--max-num-queued-reqs)"
-        elif self._all and self.num_queued_tokens + tokens > self.max_queued_tokens:
-            reason = (
-                f"{self.num_queued_tokens} prompt tokens are waiting and this request brings about "
-                f"{tokens} more, of at most {self.max_queued_tokens} (--max-num-queued-tokens)"
+            return self._full(
+                f"{self.max_queued_reqs} requests are waiting (--max-num-queued-reqs)"
             )
-        if reason is not None:
-            return Failure(503, f"the server is full: {reason}", "overloaded", self.retry_after)
-        request = Request(tenant, tokens)
+        request = Request(tenant)
+        failure = self.measure(request, body_bytes)
+        if failure is not None:
+            return failure
         self._all[id(request)] = request
         return request
+
+    def measure(self, request: Request, body_bytes: int) -> Failure | None:
+        """Count what its body has, which a chunked one does not say before; why it cannot stay."""
+        tokens = -(-body_bytes // BYTES_PER_TOKEN)
+        more, queued = tokens - request.prompt_tokens, self.num_queued_tokens
+        others = self._all.keys() - {id(request)}
+        if others and more > 0 and queued + more > self.max_queued_tokens:
+            return self._full(
+                f"{queued} prompt tokens are waiting and this request brings about {more} more, of "
+                f"at most {self.max_queued_tokens} (--max-num-queued-tokens)"
+            )
+        request.prompt_tokens = tokens
+        return None
+
+    def _full(self, reason: str) -> Failure:
+        return Failure(503, f"the server is full: {reason}", "overloaded", self.retry_after)
 
     def leave(self, request: Request) -> None:
         """It is answered, or given up."""

@@ -13,8 +13,9 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
+from hf_tiered_cache.errors import UnsupportedInputError
 from hf_tiered_cache.integration.cache import TieredCache
-from hf_tiered_cache.serving.admission import Admission, Limits
+from hf_tiered_cache.serving.admission import INTERNAL_ERROR, Admission, Limits
 from hf_tiered_cache.serving.conversations import Conversations
 from hf_tiered_cache.serving.generation import TieredGenerateManager
 from hf_tiered_cache.serving.handlers import ChatHandler, ResponsesHandler, TextHandler
@@ -76,6 +77,7 @@ class Server:
         models = OneModel(device=settings.device, dtype=settings.dtype, force_model=settings.model)
         (loaded,) = models.loaded_models.values()
         self.model = loaded.model
+        _refuse_shared_positions(self.model)
         if settings.attention is not None:
             self.model.set_attn_implementation(settings.attention)
         self.instruments = Instruments()
@@ -107,6 +109,7 @@ class Server:
         app = build_server(**{**none, **ours})
         app.add_exception_handler(HTTPException, _as_openai)
         app.add_exception_handler(RequestValidationError, _as_openai)
+        app.add_exception_handler(Exception, _as_openai)
         self.requests = Requests(
             settings.max_num_seqs, settings.max_num_queued_reqs, settings.max_num_queued_tokens
         )
@@ -125,13 +128,31 @@ class Server:
         self.conversations.close()
 
 
-async def _as_openai(request: Any, error: Any) -> JSONResponse:
-    """A mistake as OpenAI clients show it; FastAPI's own form is a bare "Error code" to them."""
-    status = getattr(error, "status_code", 422)
-    text = getattr(error, "detail", None) or "; ".join(
-        f"{'.'.join(map(str, it['loc']))}: {it['msg']}" for it in error.errors()
-    )
-    said = {"message": str(text), "type": "invalid_request_error", "code": status}
+def _refuse_shared_positions(model: Any) -> None:
+    """Qwen2-VL and its relatives keep an offset of positions in a module, from the last request
+    with a picture, and shift whatever request comes next by it."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if hasattr(module, "rope_deltas"):
+            raise UnsupportedInputError(
+                f"{type(model).__name__} cannot be served: {name or 'it'} ({kind}) "
+                "keeps rope_deltas, the positions of one request, which would shift those of the "
+                "next and spoil the blocks they share; expected a model without it, such as the "
+                "text model of the same family"
+            )
+
+
+async def _as_openai(request: Any, error: Exception) -> JSONResponse:
+    """An error as OpenAI clients show it; FastAPI's own form is a bare "Error code" to them."""
+    kind = "invalid_request_error"
+    if isinstance(error, HTTPException):
+        status, text = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        parts = [f"{'.'.join(map(str, it['loc']))}: {it['msg']}" for it in error.errors()]
+        status, text = 422, "; ".join(parts)
+    else:
+        status, text, kind = 500, INTERNAL_ERROR, "server_error"
+    said = {"message": text, "type": kind, "code": status}
     return JSONResponse({"error": said}, status_code=status)
 
 

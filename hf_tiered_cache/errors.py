@@ -37,7 +37,8 @@ class ClosedCacheError(TieredCacheError, ValueError):
 
 
 class CacheInUseError(TieredCacheError):
-    """A thread came to a cache while another one was in the middle of a forward with it.
+    """A thread came to a cache while another one was in the middle of a forward with it, or asked
+    for what it holds while it was drafting.
 
     Nothing of the newcomer was stored; the other one may go on.
     """

@@ -1,9 +1,17 @@
 """`speculate`: the tokens of plain `generate`, several of them for each read of the cold blocks."""
 
+import copy
+import dis
+import pickle
+
 import pytest
 import torch
+from support import sharpen
 from test_generate_parity import check_integrity, prompt, tiny_model
+from test_longrope import ORIGINAL, longrope_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -14,10 +22,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_tiered_cache import speculate, speculating
-from hf_tiered_cache.errors import UnsupportedInputError
+from hf_tiered_cache.errors import CacheInUseError, UnsupportedInputError
 from hf_tiered_cache.integration import draft_length
 from hf_tiered_cache.integration.draft_length import DraftLength
-from hf_tiered_cache.integration.speculate import _Text
+from hf_tiered_cache.integration.speculate import _Speculation, _Text, _why_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -276,6 +284,175 @@ def test_the_latest_place_where_the_last_tokens_stood_is_looked_up():
     assert text.seen_before([9], 0) == []
     assert text.seen_before([], 3) == []
     assert text.seen_before([9, 3], 20) == [4, 5, 6, 7, 8, 9, 3]
+
+
+class Raising(Noting):
+    """Ctrl-C while the `number`-th token is shown."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def put(self, value):
+        super().put(value)
+        if len(self.said) == self.number + 1:  # the prompt comes first
+            raise KeyboardInterrupt
+
+
+class RaisingProcessor(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == prompt().shape[1] + 9:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("number", [5, 6, 8])
+def test_no_guess_stays_where_a_streamer_or_a_processor_raises(make_cache, number):
+    model = tiny_model("Llama")
+    said = generate(model, DynamicCache())
+    cache = make_cache(model.config, FEW)
+    how = {"streamer": Raising(number), "custom_generate": speculate, "draft_tokens": 6}
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, cache, **how)
+    assert cache.get_seq_length() == prompt().shape[1] + number - 1
+    how = {"logits_processor": [RaisingProcessor()], "custom_generate": speculate}
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, cache, said[:, : prompt().shape[1] + number], draft_tokens=6, **how)
+    assert cache.get_seq_length() < prompt().shape[1] + 9
+    following = torch.cat([said[:, : prompt().shape[1] + 9], prompt()[:, :7]], dim=1)
+    expected = generate(model, DynamicCache(), following, max_new_tokens=8)
+    assert torch.equal(generate(model, cache, following, max_new_tokens=8), expected)
+    check_integrity(cache)
+
+
+def llama(**how):
+    torch.manual_seed(0)
+    how = {
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0},
+        **{"bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3, **how},
+    }
+    return sharpen(AutoModelForCausalLM.from_config(AutoConfig.for_model(**how)))
+
+
+def test_texts_whose_rotary_positions_may_change_are_generated_plainly(make_cache, told_by):
+    told = told_by("integration.speculate")
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    for why, make in (
+        (f"cross original_max_position_embeddings={ORIGINAL}", lambda: longrope_model("phi3")),
+        (
+            "dynamic rotary positions may pass 24",
+            lambda: llama(model_type="llama", max_position_embeddings=24, rope_parameters=dynamic),
+        ),
+    ):
+        ids = prompt()[:, : ORIGINAL - 9]
+        expected = generate(make(), DynamicCache(), ids, max_new_tokens=20)
+        model = make()
+        cache = make_cache(model.config, 12)
+        how = {"custom_generate": speculate, "draft_tokens": 4}
+        told.clear()
+        assert torch.equal(generate(model, cache, ids, max_new_tokens=20, **how), expected)
+        assert why in told[0] and cache.stats().speculation.passes == 0
+        cache = make_cache(model.config, 12)
+        generate(make(), cache, ids, max_new_tokens=9, **how)  # up to it
+        assert cache.stats().speculation.passes > 0
+    model = longrope_model("phi3")
+    cache = make_cache(None, 12)
+    got = generate(model, cache, **how)  # all of it beyond
+    assert torch.equal(got, generate(model, DynamicCache(config=model.config)))
+    assert cache.stats().speculation.passes > 0
+
+
+def test_a_model_that_leaves_the_cache_is_an_error(make_cache, monkeypatch):
+    model = tiny_model("Llama")
+    prepare = model.prepare_inputs_for_generation
+
+    def leaving(ids, **kwargs):
+        inputs = prepare(ids, **kwargs)
+        if ids.shape[1] > prompt().shape[1]:
+            inputs["past_key_values"] = None
+        return inputs
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", leaving)
+    with pytest.raises(UnsupportedInputError, match="left the given cache behind"):
+        generate(model, make_cache(model.config, FEW), custom_generate=speculate, draft_tokens=3)
+
+
+def test_token_types_and_synced_ranks_are_generated_plainly(make_cache, told_by):
+    told = told_by("integration.speculate")
+    model = tiny_model("GPT2")
+    types = torch.arange(prompt().shape[1])[None] % 7
+    expected = generate(model, DynamicCache(), token_type_ids=types)
+    how = {"custom_generate": speculate, "draft_tokens": 5}
+    got = generate(model, make_cache(model.config), token_type_ids=types, **how)
+    assert torch.equal(got, expected) and "token_type_ids" in told[0]
+    given = model, prompt(), LogitsProcessorList(), StoppingCriteriaList()
+    config = GenerationConfig(do_sample=False, max_length=99)
+    mode = config.get_generation_mode()
+    for synced in (True, False):
+        kwargs = {"past_key_values": make_cache(model.config), "synced_gpus": synced}
+        assert ("synced_gpus" in _why_plain(*given[:2], config, mode, kwargs)) == synced
+
+
+def test_guesses_take_back_the_draws_of_the_devices_own_generator(make_cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **k: asked.append((a, k)))
+    text = type("Text", (), {})()
+    text.config = GenerationConfig(do_sample=True)
+    text.ids = torch.empty(1, 1, device="meta")  # some device other than the CPU
+    _Speculation(None, text, 1, {"past_key_values": make_cache()})._same_draws()
+    assert asked == [(([torch.device("meta")],), {"device_type": "meta"})]
+
+
+def test_windows_are_cut_again_behind_it(make_cache):
+    model = llama(model_type="mistral", sliding_window=9, max_position_embeddings=512)
+    cache, dynamic = make_cache(model.config, FEW), DynamicCache(config=model.config)
+    ids = generate(model, cache, custom_generate=speculate, draft_tokens=5)
+    assert torch.equal(ids, generate(model, dynamic))
+    for _ in range(2):
+        assert not cache.is_recording_past(0)
+        assert {layer.keys.shape[-2] for layer in cache.layers} == {8}
+        ids = torch.cat([ids, prompt()[:, :7]], dim=1)
+        expected = generate(model, dynamic, ids)
+        ids = generate(model, cache, ids)
+        assert torch.equal(ids, expected)
+
+
+def test_what_is_guessed_is_neither_copied_nor_saved(make_cache, tmp_path):
+    model, cache = tiny_model("Llama"), make_cache()
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+        with cache.drafting():
+            model(prompt()[:, :3], past_key_values=cache)
+            for act in (
+                lambda: copy.deepcopy(cache),
+                lambda: pickle.dumps(cache),
+                lambda: cache.save_pretrained(tmp_path / "it", model, prompt()),
+            ):
+                with pytest.raises(CacheInUseError, match="while the cache is drafting"):
+                    act()
+        assert cache.stats().is_exact
+        assert copy.deepcopy(cache).get_seq_length() == prompt().shape[1]
+        with cache.attending("resident_only"):
+            assert copy.deepcopy(cache).get_seq_length()  # nobody drafts
+            model(prompt()[:, :3], past_key_values=cache)
+    for held in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert not held.stats().is_exact and "approximate" in str(held)
+        held.reset()
+        assert held.stats().is_exact
+
+
+@pytest.mark.parametrize("how", ["drafting", "attending"])
+def test_nothing_can_interrupt_between_the_selection_and_the_block(make_cache, how):
+    """Python lets Ctrl-C in behind calls and at jumps: neither follows the last store."""
+    cache = make_cache()
+    block = cache.drafting() if how == "drafting" else cache.attending("resident_only")
+    names = [one.opname for one in dis.get_instructions(type(block).__enter__)]
+    behind = names[len(names) - names[::-1].index("STORE_ATTR") :]
+    assert not any("CALL" in name or "JUMP" in name or "RESUME" in name for name in behind)
+    with block:
+        assert cache._owned.selection.name == "resident_only"
+    assert cache._owned.selection.name == "all"
 
 
 def simulate(acceptance: float, draft: float, base: float, row: float, tokens: int = 2000):

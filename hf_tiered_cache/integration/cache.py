@@ -27,6 +27,7 @@ from hf_tiered_cache.blocks.assembly import BlockMemory
 from hf_tiered_cache.blocks.selection import RESIDENT_ONLY, SelectionPolicy
 from hf_tiered_cache.config import NO_PACKING, TieredCacheConfig
 from hf_tiered_cache.errors import (
+    CacheInUseError,
     ClosedCacheError,
     ConfigError,
     OutOfBlocksError,
@@ -167,6 +168,7 @@ class TieredCache(DynamicCache):
         Cache.__init__(self, layers=layers)
         self._num_layers = len(layers)  # as the config told, or 0
         self._records_past = False
+        self._holds_approximate = False  # tokens that follow from what a selection left out
         self.saved_ids: torch.Tensor | None = None  # of what `from_pretrained` read
         for layer_idx, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -203,6 +205,8 @@ class TieredCache(DynamicCache):
             layer = self._layer_with_tokens(layer_idx)
             if isinstance(layer, TieredLayer) and key_states.shape[-2] > 0:
                 self._check_order(layer_idx, layer)
+            if not (self._owned.selection.is_exact or self._is_drafting):
+                self._holds_approximate = True
             try:
                 return layer.update(key_states, value_states, *args, **kwargs)
             except OutOfBlocksError:
@@ -257,6 +261,7 @@ class TieredCache(DynamicCache):
         once. Raises UnsupportedInputError for other ids, ConfigError without a store.
         """
         stored = self._stored_prefix()
+        self._check_no_draft("publish()")
         with self._alone():
             if input_ids is not None:
                 stored.check_same(input_ids)
@@ -438,6 +443,15 @@ class TieredCache(DynamicCache):
         self._records_past = True  # also of layers still to be made
         super().activate_past_recording()
 
+    def end_past_recording(self) -> None:
+        """Let linear and windowed layers keep no more than they need again."""
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
+            self.crop(0)  # to their own size
+        self._records_past = False
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether a layer keeps what `crop` may have to bring back."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
@@ -536,6 +550,7 @@ class TieredCache(DynamicCache):
         self._guard.give_up()
         with self._alone(RESET):
             super().reset()
+            self._holds_approximate = False
             if self._stored is not None:
                 self._stored.reset()
 
@@ -547,8 +562,7 @@ class TieredCache(DynamicCache):
         """While all layers are read, or changed by `change`, at once. Raises CacheInUseError."""
         return self._guard.admit_alone(self._last_layer, change)
 
-    @contextlib.contextmanager
-    def attending(self, selection: str) -> Iterator[None]:
+    def attending(self, selection: str) -> "_Attending":
         """Let attention read what this selection policy chooses (`attend=`) in forwards through
         this cache within the `with` block. Raises ConfigError for an unknown one.
 
@@ -556,13 +570,7 @@ class TieredCache(DynamicCache):
         forwards append follows from what they attended, so a cache with a store refuses a policy
         that is not exact (ConfigError).
         """
-        chosen = self._allowed(SelectionPolicy.by_name(selection)())
-        before = self._owned.selection
-        self._owned.selection = chosen
-        try:
-            yield
-        finally:
-            self._owned.selection = before
+        return _Attending(self, self._allowed(SelectionPolicy.by_name(selection)()))
 
     def _allowed(self, selection: SelectionPolicy) -> SelectionPolicy:
         """The policy; raises ConfigError where what it leads to would be put into a store."""
@@ -573,20 +581,24 @@ class TieredCache(DynamicCache):
             )
         return selection
 
-    @contextlib.contextmanager
-    def drafting(self) -> Iterator[None]:
+    def drafting(self) -> "_Drafting":
         """Let forwards within the `with` block guess: they attend only what is on the device, load
-        nothing, and what they append is dropped at the end. `speculate` drafts so."""
-        self._check_open()
-        before = self._savepoint()
-        selection = self._owned.selection
-        self._owned.selection = RESIDENT_ONLY
-        try:
-            yield
-        finally:
-            self._owned.selection = selection
-            with self._alone("drafting"):
-                before.restore(forwards.Forward())
+        nothing, and what they append is dropped at the end. `speculate` drafts so.
+
+        Meanwhile copying, pickling, saving and publishing raise CacheInUseError.
+        """
+        return _Drafting(self, RESIDENT_ONLY)
+
+    @property
+    def _is_drafting(self) -> bool:
+        return self._owned.selection is RESIDENT_ONLY  # `attending` makes another one
+
+    def _check_no_draft(self, act: str) -> None:
+        if self._is_drafting:
+            raise CacheInUseError(
+                f"{act} while the cache is drafting: its last tokens are guesses; leave the"
+                " drafting() block first"
+            )
 
     def _savepoint(self) -> Savepoint:
         return Savepoint(self.layers, self._owned)
@@ -641,7 +653,7 @@ class TieredCache(DynamicCache):
             lanes=pool.lane_stats(),
             counters=pool.counters(),
             attend=self._owned.selection.name,
-            is_exact=self._owned.selection.is_exact,
+            is_exact=self._owned.selection.is_exact and not self._holds_approximate,
             speculation=replace(self.speculation),
         )
 
@@ -699,6 +711,7 @@ class TieredCache(DynamicCache):
         attention.
         """
         self._check_open()
+        self._check_no_draft("save_pretrained()")
         with self._alone():
             self._check_whole()
             held = [self._num_rows(), super().get_seq_length()]
@@ -740,6 +753,7 @@ class TieredCache(DynamicCache):
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the knobs, and every layer's keys and values as dense tensors."""
         self._check_open()
+        self._check_no_draft("pickling")
         with self._alone():
             return {name: value for name, value in vars(self).items() if name != "_guard"}
 
@@ -757,6 +771,7 @@ class TieredCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         self._check_open()
+        self._check_no_draft("copying")
         with self._alone():
             fork = self.__class__.__new__(self.__class__)
             memo[id(self)] = fork
@@ -791,3 +806,36 @@ class TieredCache(DynamicCache):
         """For notebooks."""
         name = f"<b>{html.escape(repr(self))}</b>"
         return name if self.is_closed else name + self.stats()._repr_html_()
+
+
+class _Attending:
+    """While it is entered, a cache attends by another selection.
+
+    A class, not a generator: an interrupt must find either nothing changed or `__exit__` due.
+    """
+
+    def __init__(self, cache: TieredCache, selection: SelectionPolicy) -> None:
+        self._cache = cache
+        self._selection = selection
+
+    def __enter__(self) -> None:
+        self._before = self._cache._owned.selection
+        self._cache._owned.selection = self._selection  # last, see above
+
+    def __exit__(self, *exc: object) -> None:
+        self._cache._owned.selection = self._before
+
+
+class _Drafting(_Attending):
+    """As above, and what was appended meanwhile is dropped."""
+
+    def __enter__(self) -> None:
+        self._cache._check_open()
+        self._savepoint = self._cache._savepoint()
+        self._before = self._cache._owned.selection
+        self._cache._owned.selection = self._selection
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        with self._cache._alone("drafting"):
+            self._savepoint.restore(forwards.Forward())

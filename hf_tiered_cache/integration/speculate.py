@@ -63,6 +63,11 @@ NO_SINKS = (
     " TieredCache(demotion='sinks_and_recent') keeps them there"
 )
 
+LEFT_BEHIND = (
+    "speculate: the model left the given cache behind and computes with another one; leave out"
+    " custom_generate"
+)
+
 LOOKUP_TOKENS = 3  # that must have stood somewhere before, for what followed them to be tried
 
 # Processors that keep nothing from one call to the next, so that guesses may pass through them too.
@@ -102,8 +107,9 @@ def speculate(
     otherwise than one of a single token.
 
     What is not speculated is generated plainly, and says so once: beams, several sequences,
-    encoder-decoder models, other caches, attentions or hidden states asked for. Raises
-    UnsupportedInputError for a `draft_tokens` below 0.
+    encoder-decoder models, other caches, attentions or hidden states asked for, token_type_ids,
+    synced_gpus, texts that may cross the length where LongRoPE or dynamic rotary positions change.
+    Raises UnsupportedInputError for a `draft_tokens` below 0, or if the model leaves the cache.
     """
     if draft_tokens is not None and (not isinstance(draft_tokens, int) or draft_tokens < 0):
         raise UnsupportedInputError(f"draft_tokens={draft_tokens!r}: expected 0 or more, or None")
@@ -122,6 +128,7 @@ def speculate(
             generation_config=generation_config,
             **model_kwargs,
         )
+    model_kwargs.pop("synced_gpus", None)  # no argument of a model
     text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     _Speculation(model, text, draft_tokens, model_kwargs).run()
     if streamer is not None:
@@ -182,7 +189,33 @@ def _why_plain(
         return "use_cache=False"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states are asked for"
-    return ""
+    if model_kwargs.get("token_type_ids") is not None:
+        return "token_type_ids are given, which transformers extends for one token only"
+    if model_kwargs.get("synced_gpus"):
+        return "synced_gpus=True, and ranks would need different numbers of forwards"
+    return _why_positions(model, input_ids, config, model_kwargs["past_key_values"])
+
+
+def _why_positions(
+    model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, cache: TieredCache
+) -> str:
+    """Why a forward of several tokens might turn keys otherwise than several of one; empty if none
+    would. Some models choose rotary frequencies by the length of the whole text so far."""
+    of_text = model.config.get_text_config(decoder=True)
+    rope = getattr(of_text, "rope_parameters", None) or {}
+    ropes = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # one per layer type
+    by_type = {one["rope_type"]: one for one in ropes if "rope_type" in one}
+    if "dynamic" in by_type and config.max_length > of_text.max_position_embeddings:
+        return f"dynamic rotary positions may pass {of_text.max_position_embeddings} tokens"
+    # Models of LongRoPE (Phi-3, 5.17 to 5.23) drop the cache there, by the config's own attribute.
+    original = getattr(of_text, "original_max_position_embeddings", None) or by_type.get(
+        "longrope", {}
+    ).get("original_max_position_embeddings")
+    if original is None or not cache.get_seq_length() <= original < config.max_length:
+        return ""
+    if input_ids.shape[1] > original and not cache.layers:
+        return ""  # all at once into a new cache made without config, which is not dropped
+    return f"the text may cross original_max_position_embeddings={original}"
 
 
 class _Text:
@@ -293,14 +326,18 @@ class _Speculation:
         """Compute the prompt, then pass after pass."""
         text, model = self._text, self._model
         outputs = model._prefill(text.ids, text.config, self._kwargs)
+        self._check_used(outputs)
         text.accept(outputs.logits[:, -1:], ())
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         del outputs  # its logits may be those of the whole prompt
-        self._cache.activate_past_recording()  # windows and linear states can go back from now on
         if self._cache.begins_cold and self._draft_tokens != 0:
             logger.warning_once(NO_SINKS)
-        while not text.is_finished:
-            self._pass()
+        try:
+            self._cache.activate_past_recording()  # windows and linear states can go back
+            while not text.is_finished:
+                self._pass()
+        finally:
+            self._cache.end_past_recording()
 
     def _pass(self) -> None:
         text, cache, counts = self._text, self._cache, self._cache.speculation
@@ -308,10 +345,13 @@ class _Speculation:
         guesses = self._guess(min(self._num_guesses(), text.room - 1))
         drafted = perf_counter()
         before = cache.counters()
-        with span(VERIFY):
-            outputs = self._forward(guesses, 1 + len(guesses))
-        num_tokens = text.accept(outputs.logits[:, -1 - len(guesses) :], guesses)
-        cache.crop(num_tokens - 1 - len(guesses))
+        ahead = cache.get_seq_length() - text.ids.shape[1]  # of the cache, the same ever after
+        try:
+            with span(VERIFY):
+                outputs = self._forward(guesses, 1 + len(guesses))
+            num_tokens = text.accept(outputs.logits[:, -1 - len(guesses) :], guesses)
+        finally:  # whatever a streamer, a criterion or Ctrl-C raises: no guess stays unaccepted
+            cache.crop(text.ids.shape[1] + ahead - cache.get_seq_length())
         self._kwargs = self._model._update_model_kwargs_for_generation(
             outputs, self._kwargs, num_new_tokens=num_tokens
         )
@@ -361,7 +401,9 @@ class _Speculation:
         if not self._text.config.do_sample:
             return nullcontext()
         device = self._text.ids.device
-        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+        if device.type == "cpu":
+            return torch.random.fork_rng([])
+        return torch.random.fork_rng([device], device_type=device.type)
 
     def _forward(self, guesses: Sequence[int], num_tokens: int) -> Any:
         """A forward over the last `num_tokens` of the text and these guesses."""
@@ -377,4 +419,13 @@ class _Speculation:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_tokens
-        return self._model(**inputs, return_dict=True)
+        if inputs.get("past_key_values") is not self._cache:
+            raise UnsupportedInputError(LEFT_BEHIND)
+        outputs = self._model(**inputs, return_dict=True)
+        self._check_used(outputs)
+        return outputs
+
+    def _check_used(self, outputs: Any) -> None:
+        """Raise UnsupportedInputError if the model went on with another cache."""
+        if outputs.past_key_values is not self._cache:
+            raise UnsupportedInputError(LEFT_BEHIND)

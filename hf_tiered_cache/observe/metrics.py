@@ -146,7 +146,7 @@ class CacheStats:
     untiered_tokens: int = 0  # of the longest; of a window all that it has seen
     untiered_bytes: int = 0  # with the linear states of layers that have blocks
     attend: str = "all"  # the selection policy: what of the blocks attention reads
-    is_exact: bool = True  # all of them
+    is_exact: bool = True  # all of them, and so it was for every token held
     speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
 
     @property
@@ -175,7 +175,8 @@ class CacheStats:
             f"{self.block_tokens} tokens ({format_bytes(self.block_bytes)}), kernel {self.kernel}"
         ]
         if not self.is_exact:
-            lines.append(f"  approximate: attention leaves blocks out (attend={self.attend!r})")
+            which = "leaves" if self.attend != "all" else "left"
+            lines.append(f"  approximate: attention {which} blocks out (attend={self.attend!r})")
         for row in rows:
             left = "  ".join(
                 cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)

@@ -22,9 +22,8 @@ demo: $(BUILT)
 		$(if $(ASK),--ask "$(ASK)") $(if $(TOKENS),--new-tokens $(TOKENS)) \
 		$(if $(CHUNK),--chunk $(CHUNK))
 
-# A process for each processor, and a file of tests in one of them.
 test: $(BUILT) lint types
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest
 
 # Tokens under every other kernel that this machine can run; tests/kernels goes through all by itself.
 test-kernels: $(BUILT)

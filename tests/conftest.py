@@ -1,6 +1,5 @@
 """Fixtures that many rooms need."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,13 +15,6 @@ from hf_tiered_cache import TieredCache
 def ctrl_c() -> None:
     """A suite that was started in the background ignores Ctrl-C, and so would its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def threads_of_a_worker() -> None:
-    """Processes that run tests side by side share the processors."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture

@@ -177,3 +177,40 @@ def test_it_goes_to_the_hub_by_the_hubs_own_helper(folder, make_cache, monkeypat
     monkeypatch.setattr(saved, "snapshot_download", lambda name: {"someone/book": folder}[name])
     with TieredCache.from_pretrained("someone/book", model, disk_bytes=0) as loaded:
         assert loaded.get_seq_length() == prompt().shape[1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda _: [1],
+        lambda it: {**it, "layers": it["layers"][:1]},
+        lambda it: {key: value for key, value in it.items() if key != "identity"},
+        lambda it: {**it, "input_ids": [[1, 2, 3]]},
+        lambda it: {**it, "input_ids": 7},
+        lambda it: {**it, "layers": [{**one, "checksums": {}} for one in it["layers"]]},
+        lambda it: {**it, "layers": [None] * len(it["layers"])},
+    ],
+    ids=["list", "layers", "identity", "other ids", "no ids", "no checksums", "no entries"],
+)
+def test_a_damaged_index_is_refused(folder, changed):
+    index = folder / saved.INDEX
+    index.write_text(json.dumps(changed(json.loads(index.read_text()))))
+    with pytest.raises(TierIOError, match=r"tiered_cache\.json is damaged"):
+        TieredCache.from_pretrained(folder, tiny_model("Llama"), disk_bytes=0)
+
+
+def test_the_index_names_no_files_and_stale_ones_go(folder, make_cache):
+    assert "safetensors" not in (folder / saved.INDEX).read_text()
+    stale = folder / "layer_00099.safetensors"
+    stale.write_bytes(b"of a deeper model")
+    model = tiny_model("Llama")
+    prefilled(model, make_cache(model.config)).save_pretrained(folder, model, prompt())
+    assert not stale.exists() and (folder / "layer_00001.safetensors").exists()
+
+
+def test_the_last_call_of_a_tokenizer_is_not_part_of_it():
+    tokenizer, other = (AutoTokenizer.from_pretrained(TINY_LM) for _ in range(2))
+    tokenizer("text", truncation=True, max_length=64)
+    assert saved._tokenizer_identity(tokenizer) == saved._tokenizer_identity(other)
+    other.add_tokens(["<new>"])
+    assert saved._tokenizer_identity(tokenizer) != saved._tokenizer_identity(other)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from hf_tiered_cache.errors import TierIOError, UnsupportedInputError
+from hf_tiered_cache.errors import TieredCacheError, TierIOError, UnsupportedInputError
 from hf_tiered_cache.integration.cache_layers import TieredLayer
 from hf_tiered_cache.integration.compat import DummyLayer
 from hf_tiered_cache.integration.model_key import model_identity
@@ -50,14 +50,15 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / INDEX
     index.unlink(missing_ok=True)
+    for stale in folder.glob("layer_*.safetensors"):
+        stale.unlink()
     entries = []
     for number, layer in enumerate(layers):
         tensors, facts = _held(layer)
-        name = f"layer_{number:05}.safetensors"
         if tensors:
-            save_file(tensors, folder / name)
+            save_file(tensors, folder / _file_name(number))
         checksums = {part: _checksum(one) for part, one in tensors.items()}
-        entries.append({**facts, "file": name if tensors else None, "checksums": checksums})
+        entries.append({**facts, "checksums": checksums})
     found = {
         "format": FORMAT,
         "identity": _identity(model, tokenizer),
@@ -78,6 +79,20 @@ def load(
     that is unfinished or damaged.
     """
     found = _read_index(folder)
+    try:
+        return _load(layers, folder, found, model, tokenizer)
+    except TieredCacheError:  # some are ValueErrors too
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TierIOError(
+            f"{folder / INDEX} is damaged ({type(error).__name__}: {error}): save or download it "
+            "again"
+        ) from error
+
+
+def _load(
+    layers: list[Any], folder: Path, found: dict[str, Any], model: torch.nn.Module, tokenizer: Any
+) -> torch.Tensor:
     saved, given = found["identity"], _identity(model, tokenizer)
     if tokenizer is None:
         saved = {**saved, "tokenizer": None}  # ids are given by the caller, by whatever made them
@@ -89,16 +104,46 @@ def load(
             + (f"; {more} more" if more > 0 else "")
             + ". Keys and values of one model mean nothing to another: prefill it anew"
         )
-    for number, (layer, entry) in enumerate(zip(layers, found["layers"], strict=True)):
+    entries, input_ids = found["layers"], torch.tensor(found["input_ids"])
+    if len(entries) != len(layers) or input_ids.ndim != 2:
+        raise ValueError(
+            f"{len(entries)} layers of ids {list(input_ids.shape)}, expected {len(layers)} of "
+            "[batch, tokens]"
+        )
+    for number, (layer, entry) in enumerate(zip(layers, entries, strict=True)):
         if type(layer).__name__ != entry["type"]:
             raise UnsupportedInputError(
                 f"layer {number} of {folder} is a {entry['type']}, here a {type(layer).__name__}: "
                 "saved by another version of transformers"
             )
-        if entry["file"] is not None:
-            tensors = _read_tensors(folder / entry["file"], entry["checksums"])
+        checksums, tensors = entry["checksums"], {}
+        if checksums:
+            tensors = _read_tensors(folder / _file_name(number), checksums)
+        if type(layer) is not DummyLayer:
+            _check_length(number, tensors, entry, input_ids)
+        if tensors:
             _fill(layer, tensors, entry)
-    return torch.tensor(found["input_ids"])
+    return input_ids
+
+
+def _check_length(
+    number: int, tensors: dict[str, torch.Tensor], entry: dict[str, Any], input_ids: torch.Tensor
+) -> None:
+    """Raises ValueError unless a layer holds what the ids say."""
+    if not tensors and not input_ids.shape[1]:
+        return
+    keys, values = tensors["keys"], tensors["values"]
+    held = entry.get("cumulative_length", keys.shape[2])  # a window forgets what it has seen
+    got = [keys.shape[0], held]
+    if got != list(input_ids.shape) or keys.shape[:3] != values.shape[:3] or keys.shape[2] > held:
+        raise ValueError(
+            f"layer {number} has keys {list(keys.shape)}, values {list(values.shape)} of {held} "
+            f"tokens, expected those of ids {list(input_ids.shape)}"
+        )
+
+
+def _file_name(number: int) -> str:
+    return f"layer_{number:05}.safetensors"
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
@@ -137,6 +182,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise TierIOError(f"{folder} has no {INDEX}: no saved cache, or one not finished") from None
     except ValueError as error:
         raise TierIOError(f"{index} is damaged ({error}): save or download it again") from None
+    if not isinstance(found, dict):
+        raise TierIOError(f"{index} is damaged (no object): save or download it again")
     if found.get("format") != FORMAT:
         raise UnsupportedInputError(
             f"{index} is of format {found.get('format')!r}, expected {FORMAT!r}: update "
@@ -150,8 +197,10 @@ def _read_tensors(file: Path, checksums: dict[str, str]) -> dict[str, torch.Tens
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise TierIOError(f"{file} cannot be read ({error}): save or download it again") from None
+    if not checksums.keys() == tensors.keys() == {"keys", "values"}:
+        raise ValueError(f"{file.name} has {sorted(tensors)}, checksums of {sorted(checksums)}")
     for part, expected in checksums.items():
-        got = _checksum(tensors[part]) if part in tensors else "missing"
+        got = _checksum(tensors[part])
         if got != expected:
             raise TierIOError(
                 f"{part} in {file} are damaged: checksum {got}, expected {expected}; save or "
@@ -175,7 +224,10 @@ def _identity(model: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
 def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = tokenizer.get_vocab()
-    rules = json.dumps(sorted(vocabulary.items())) if backend is None else backend.to_str()
+    rules: Any = sorted(vocabulary.items())
+    if backend is not None:  # the last call leaves its truncation and padding there
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    rules = json.dumps(rules, sort_keys=True)
     return {"size": len(vocabulary), "rules": hashlib.sha256(rules.encode()).hexdigest()}
 
 

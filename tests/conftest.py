@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers.utils import logging
 
-from hf_tiered_cache import TieredCache
+from hf_tiered_cache import BlockStore, TieredCache
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,6 +59,13 @@ def make_cache(tmp_path) -> Any:
     yield make
     for cache in caches:
         cache.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[BlockStore]:
+    """A store with room for everything that small models put there."""
+    with BlockStore(tmp_path / "kv", capacity_bytes="100MiB") as store:
+        yield store
 
 
 MakeCache = Callable[..., TieredCache]

@@ -39,12 +39,6 @@ def model():
     return make_model()
 
 
-@pytest.fixture
-def store(tmp_path):
-    with BlockStore(tmp_path / "kv", capacity_bytes="100MiB") as store:
-        yield store
-
-
 def prompt(num_tokens, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCAB, (1, 256), generator=generator)[:, :num_tokens]

@@ -18,12 +18,6 @@ def model():
     return make_model()
 
 
-@pytest.fixture
-def store(tmp_path):
-    with BlockStore(tmp_path / "kv", capacity_bytes="100MiB") as store:
-        yield store
-
-
 @contextlib.contextmanager
 def fed(model):
     """How many tokens each forward was given."""

@@ -25,12 +25,6 @@ def model():
     return make_model()
 
 
-@pytest.fixture
-def store(tmp_path):
-    with BlockStore(tmp_path / "kv", capacity_bytes="100MiB") as store:
-        yield store
-
-
 def test_forks_of_a_root_let_go_of_the_files_they_restored(model, store):
     published(model, store, prompt(256))
     root = new_cache(model, store)

@@ -194,11 +194,6 @@ class BlockMemory:
         """The rung of a manager where blocks of the store are."""
         return self._store_tiers[manager]
 
-    @property
-    def store_tiers(self) -> list[StoreTier]:
-        """Those of all managers."""
-        return list(self._store_tiers.values())
-
     def _new_place(self, device: torch.device) -> "_Place":
         made = Device.kind_of(device)(device)
         size = self.budgets.device_bytes

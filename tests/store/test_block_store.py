@@ -16,12 +16,6 @@ from hf_tiered_cache.store.journal import RECORD_BYTES
 from hf_tiered_cache.store.policies import EvictionPolicy
 
 
-@pytest.fixture
-def store(tmp_path):
-    with BlockStore(tmp_path / "kv", capacity_bytes="10MiB") as store:
-        yield store
-
-
 def test_what_is_put_is_found(store):
     names = chain(1)
     assert check(store, names) == 0

@@ -15,12 +15,6 @@ from hf_tiered_cache.store.block_store import BlockStore
 from hf_tiered_cache.store.files import BlockFileError
 
 
-@pytest.fixture
-def store(tmp_path):
-    with BlockStore(tmp_path / "kv", capacity_bytes="10MiB") as store:
-        yield store
-
-
 def file_of(store, key):
     return store.root / files.relative_path(SPACE, key)
 

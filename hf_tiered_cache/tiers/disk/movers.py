@@ -53,6 +53,19 @@ class Jobs(Protocol):
     def users(self) -> Sequence[RecordsJob]: ...
 
 
+def submit_jobs(mover: Mover, jobs: Sequence[RecordsJob], before: Sequence[RecordsJob]) -> None:
+    """Queue jobs behind those that the tier began `before`. An interrupt cancels them all: nobody
+    may wait for a part that was never queued."""
+    try:
+        for job in jobs:
+            mover.submit(job, before)
+            job.is_queued = True
+    except BaseException:
+        for job in jobs:
+            mover.cancel(job)
+        raise
+
+
 def end_jobs(mover: Mover, jobs: Jobs) -> None:
     """Cancel what no thread is at, wait for the rest."""
     users = jobs.users

@@ -22,7 +22,7 @@ from hf_tiered_cache.finalizers import do_all, in_finalizer
 from hf_tiered_cache.store.files import PASSING, Extent, OpenBlock
 from hf_tiered_cache.tiers.base import Budget, Tier, check_blocks
 from hf_tiered_cache.tiers.disk.block_file import Entrance
-from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover
+from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover, submit_jobs
 from hf_tiered_cache.tiers.disk.record_jobs import Outcome, ReadRecords
 from hf_tiered_cache.tiers.disk.records import Record
 from hf_tiered_cache.transfers import DONE, Transfer
@@ -212,14 +212,7 @@ class StoreTier(Tier):
                 ReadExtent(source, reads, transfer, part, [slot], [to], codec=None, direct=False)
             )
         self._reads.begin(jobs)
-        try:
-            for job in jobs:
-                self._mover.submit(job, ())
-                job.is_queued = True
-        except BaseException:  # Ctrl-C: nobody may wait for a part that was never queued
-            for job in jobs:
-                self._mover.cancel(job)
-            raise
+        submit_jobs(self._mover, jobs, ())
         return transfer
 
     def write(self, slots: Sequence[int], data: Sequence[torch.Tensor]) -> Transfer:

@@ -19,7 +19,7 @@ from hf_tiered_cache.tiers.base import Budget, Surroundings, Tier, check_blocks
 from hf_tiered_cache.tiers.codecs import Codec
 from hf_tiered_cache.tiers.disk.block_file import BlockFile
 from hf_tiered_cache.tiers.disk.encoded import EncodedTier
-from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover
+from hf_tiered_cache.tiers.disk.movers import Mover, end_jobs, make_mover, submit_jobs
 from hf_tiered_cache.tiers.disk.record_jobs import (
     ReadRecords,
     RecordsJob,
@@ -265,14 +265,7 @@ class DiskTier(Tier, name="disk"):
             for number, (start, stop) in enumerate(pieces)
         ]
         begin(jobs)
-        try:
-            for one in jobs:
-                self._mover.submit(one, before)
-                one.is_queued = True
-        except BaseException:  # Ctrl-C: nobody may wait for a piece that was never queued
-            for one in jobs:
-                self._mover.cancel(one)
-            raise
+        submit_jobs(self._mover, jobs, before)
         return transfer
 
     def _pieces(self, slots: Sequence[int]) -> list[tuple[int, int]]:

@@ -32,10 +32,11 @@ def main() -> None:
     root, num_tokens, question = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     model, fed = load(), []
 
-    def note(module, args, kwargs):
+    def note(module, args, kwargs, output):
         fed.append(kwargs["input_ids"].shape[1])
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    # Behind the forward: a hook before it may change what is computed, so the store is bypassed.
+    model.register_forward_hook(note, with_kwargs=True)
     ids = prompt(num_tokens, question)
     with BlockStore(root, capacity_bytes="1GiB") as store:
         print("ready", flush=True)

@@ -233,20 +233,27 @@ def test_a_failed_write_never_leaves_the_old_bytes_readable(tmp_path):
 def test_completions_in_another_order_than_submissions(tmp_path):
     """The first of four writes and of four reads are the slowest; data and order still hold."""
 
-    go_on = threading.Event()
+    go_on, has_begun = threading.Event(), threading.Semaphore(0)
 
     def very_slow(call, buffers):
+        has_begun.release()
         go_on.wait(timeout=60)
         return call(buffers)
 
     tier = open_tier(tmp_path, {("write", 0): very_slow, ("read", 0): very_slow}, num_threads=4)
     slots = [tier.allocate() for _ in range(4)]
-    writes = [tier.write([slot], [content(slot)]) for slot in slots]
+    writes = [tier.write(slots[:1], [content(slots[0])])]
+    assert has_begun.acquire(
+        timeout=60
+    )  # else another thread might come first, and be the slow one
+    writes += [tier.write([slot], [content(slot)]) for slot in slots[1:]]
     for write in writes[1:]:
         write.wait()
     assert not writes[0].is_ready()
     out = torch.zeros(4, BLOCK, dtype=torch.uint8)
-    reads = [tier.read([slot], [out[slot]]) for slot in (1, 0, 2, 3)]
+    reads = [tier.read([1], [out[1]])]
+    assert has_begun.acquire(timeout=60)
+    reads += [tier.read([slot], [out[slot]]) for slot in (0, 2, 3)]
     reads[2].wait()
     reads[3].wait()
     assert not reads[1].is_ready()  # it waits for the write of slot 0

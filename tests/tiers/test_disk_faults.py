@@ -243,9 +243,8 @@ def test_completions_in_another_order_than_submissions(tmp_path):
     tier = open_tier(tmp_path, {("write", 0): very_slow, ("read", 0): very_slow}, num_threads=4)
     slots = [tier.allocate() for _ in range(4)]
     writes = [tier.write(slots[:1], [content(slots[0])])]
-    assert has_begun.acquire(
-        timeout=60
-    )  # else another thread might come first, and be the slow one
+    # Else another thread might come first, and be the slow one.
+    assert has_begun.acquire(timeout=60)
     writes += [tier.write([slot], [content(slot)]) for slot in slots[1:]]
     for write in writes[1:]:
         write.wait()
